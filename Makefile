@@ -1,0 +1,65 @@
+# Two commands on a machine with Python, make and git: `make demo` and `make test`. `make help` lists the rest.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Another environment may be active in the caller's shell; nothing here may look into it or install into it.
+unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONHOME
+unexport PIP_USER PIP_TARGET PIP_PREFIX UV_SYSTEM_PYTHON UV_PYTHON UV_PROJECT_ENVIRONMENT
+
+# The interpreter that .venv is made with: make install PYTHON=/path/to/python
+PYTHON     ?=
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+IN_RANGE   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint demo bench constraints clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+
+install: $(STAMP)  ## make .venv and install steerfm into it (about 6 GB)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '$(IN_RANGE)' >/dev/null 2>&1; then \
+	  python=; for candidate in $(CANDIDATES); do \
+	    if "$$candidate" -c '$(IN_RANGE)' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "steerfm needs Python 3.11 to 3.14 and found none among: $(CANDIDATES). Fix: make install PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  fi; \
+	  if ! "$$python" -c 'import venv, ensurepip' >/dev/null 2>&1; then \
+	    echo "$$python has no venv module. Fix: sudo apt install $$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-venv, or make install PYTHON=/path/to/another/python" >&2; exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) || exit 1; \
+	fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## run the main job on real digits: learn, fine-tune, steer, compare (minutes, no GPU)
+	$(BIN)/steerfm demo
+
+test: lint  ## lint, then all tests that need neither a GPU nor a browser
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## formatting, style, types, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest -q tests/unit/test_import_table.py
+
+bench: $(STAMP)  ## speed and quality, one table a script
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -vE '^pip==|@'; } > $(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
+
+clean:  ## remove what building and testing left behind; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage htmlcov
+	find steerfm rewards recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
