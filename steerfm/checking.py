@@ -1,0 +1,95 @@
+"""Check the arguments that a recipe gives to a target against the target's signature, before anything is built."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from steerfm.errors import ConfigError, nearest
+
+
+def check_required(target: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
+    """Raise ConfigError for an argument without a default that is not among the `given`."""
+    for parameter in inspect.signature(target).parameters.values():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and parameter.name not in given:
+            raise ConfigError(f"{name} needs the argument '{parameter.name}'.")
+
+
+def check_types(target: Callable[..., Any], given: Mapping[str, Any], key: str) -> None:
+    """Raise ConfigError for a plain value that is obviously of the wrong type; say nothing where unsure.
+
+    Args:
+        target: a class or function with annotations.
+        given: its arguments by name, plain values as a recipe holds them.
+        key: where they stand in the recipe, for the message.
+    """
+    parameters = inspect.signature(target).parameters
+    for name, value in given.items():
+        if name not in parameters or isinstance(value, Mapping):
+            continue
+        annotation = _evaluated(parameters[name].annotation, target)
+        if not _fits(value, annotation):
+            raise ConfigError(f"{key}.{name} must be {_words(annotation)}, got {value!r}{_hint(value, annotation)}.")
+
+
+def _evaluated(annotation: Any, target: Callable[..., Any]) -> Any:
+    """Return the annotation as an object; Any where it cannot be had (names imported for type checkers only)."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    function = inspect.unwrap(target.__init__) if inspect.isclass(target) else inspect.unwrap(target)
+    holder = types.SimpleNamespace(__annotations__={"value": annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", {}))["value"]
+    except Exception:  # whatever a foreign annotation raises, it says nothing about the value
+        return Any
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, member) for member in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (bool, str):
+        return isinstance(value, annotation)
+    if annotation is Path:
+        return isinstance(value, str)
+    if isinstance(value, (bool, int, float, str)) and inspect.isclass(annotation):
+        return _is_instance(value, annotation)  # a bare value where an object is wanted
+    return True
+
+
+def _is_instance(value: Any, annotation: type) -> bool:
+    try:
+        return isinstance(value, annotation)
+    except TypeError:  # a Protocol that cannot be checked at run time
+        return False
+
+
+def _words(annotation: Any) -> str:
+    """Return the annotation as a person would say it."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(member) for member in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
+    return names.get(annotation) or f"a {getattr(annotation, '__name__', str(annotation))}"
+
+
+def _hint(value: Any, annotation: Any) -> str:
+    choices = [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
+    return nearest(value, choices).rstrip("?") if isinstance(value, str) else ""

@@ -1,0 +1,128 @@
+"""The command line: parses and dispatches, nothing else.
+
+Imports neither torch, nor lightning, nor hydra: a command's own file does, once it is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from steerfm.errors import SteerfmError
+
+EXTRAS = {
+    "diffusers": "diffusers",
+    "peft": "diffusers",
+    "accelerate": "diffusers",
+    "trl": "trl",
+    "wandb_workspaces": "report",
+    "datasets": "data",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+}
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code (0 good, 1 a failed check, 2 an error in one sentence, 130 Ctrl-C)."""
+    arguments = parse(argv)
+    try:
+        command = importlib.import_module(f"steerfm.commands.{arguments.command}")
+        return command.run(arguments)
+    except SteerfmError as error:
+        return _say(str(error), FAILED)
+    except ModuleNotFoundError as error:
+        return _say(_missing(error), FAILED)
+    except KeyboardInterrupt as interrupt:
+        again = str(interrupt) or "the same command"
+        return _say(f"Interrupted. What is saved stays; to continue, run: {again}", INTERRUPTED)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments; exits with argparse's usage line where they are wrong."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if not hasattr(arguments, "overrides") or late != rest:
+        unknown = [text for text in rest if text not in late] or rest
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
+    else:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="steerfm", description="Reward fine-tuning and steering of flow maps: train, fine-tune, steer, compare."
+    )
+    parser.add_argument("--version", action="version", version=f"steerfm {version('steerfm')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_recipe_command(commands, "train", "train a flow map", "steerfm train recipe=digits")
+    _add_recipe_command(commands, "finetune", "fine-tune one", "steerfm finetune recipe=digits_finetune map=runs/digits")
+    _add_recipe_command(commands, "sample", "sample from one", "steerfm sample recipe=digits_sample map=runs/digits")
+    _add_recipe_command(commands, "steer", "steer sampling", "steerfm steer recipe=digits_steer map=runs/digits")
+    _add_recipe_command(commands, "compare", "compare runs", "steerfm compare 'runs=[base,steered]' x=network_calls")
+    _add_reward(commands)
+    _add_recipes(commands)
+    demo = commands.add_parser("demo", help="run a whole list of recipes, from training to comparison")
+    demo.add_argument("name", nargs="?", default="digits", help="a list of recipes (default: digits)")
+    demo.add_argument("--folder", default="runs", help="where the runs go (default: runs)")
+    _add_shared(demo)
+    commands.add_parser("env", help="print versions, devices, cores and memory")
+    return parser
+
+
+def _add_recipe_command(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> None:
+    command = commands.add_parser(name, help=f"{summary}: {example}", description=f"{summary}, e.g. {example}")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=NAME, name=RUN, and any value of it")
+    command.add_argument("-m", "--multirun", action="store_true", help="run every combination of KEY=A,B values")
+    _add_shared(command)
+
+
+def _add_reward(commands: argparse._SubParsersAction) -> None:
+    reward = commands.add_parser("reward", help="check a reward: steerfm reward check my_rewards:redness")
+    reward.add_argument("action", choices=["check"])
+    reward.add_argument("reward", metavar="MODULE:NAME", help="a function or class, such as my_rewards:redness")
+    reward.add_argument("--pictures", choices=["digits", "random"], default="digits", help="what it is tried on")
+    reward.add_argument("--count", type=int, default=8, help="how many pictures (default: 8)")
+
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    recipes = commands.add_parser("recipes", help="list, show or copy recipes: steerfm recipes copy digits mine")
+    actions = recipes.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_shared(actions.add_parser("list", help="name, command and first line of every recipe"))
+    show = actions.add_parser("show", help="print a recipe as composed: steerfm recipes show digits data.batch_size=64")
+    show.add_argument("recipe")
+    show.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    _add_shared(show)
+    copy = actions.add_parser("copy", help="write ./recipes/recipe/NEW.yaml, to be changed")
+    copy.add_argument("recipe")
+    copy.add_argument("new")
+    _add_shared(copy)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipes", action="append", default=[], metavar="DIR", help="a folder of recipes of your own")
+    parser.add_argument("--trust", action="append", default=[], metavar="PKG", help="a package that recipes may name")
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").split(".")[0]
+    if package in EXTRAS:
+        return f"This needs the package '{package}', which is not installed: pip install 'steerfm[{EXTRAS[package]}]'"
+    return f"The package '{package}' is not installed: {error}"
+
+
+def _say(sentence: str, code: int) -> int:
+    from rich.console import Console
+
+    Console(stderr=True).print(sentence, style="red" if code == FAILED else "yellow", markup=False, highlight=False)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

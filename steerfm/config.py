@@ -1,0 +1,371 @@
+"""Compose a recipe, check every target and argument before anything is built, and build: the one place that does.
+
+Hydra is used here and nowhere else. Only plain dictionaries, lists, numbers and strings leave this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from steerfm.building import check_arguments, resolve
+from steerfm.checking import check_required, check_types
+from steerfm.errors import ConfigError, SteerfmError, TrustError, nearest
+
+SHIPPED = "steerfm.recipes"
+SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+FORBIDDEN = ("steerfm.building.", "steerfm.config.", "steerfm.commands.", "steerfm.cli.", "steerfm.reward.load_reward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A recipe with its overrides: plain, complete and checked."""
+
+    recipe: str
+    values: dict[str, Any]
+    trusted: tuple[str, ...] = ()
+
+    def build(self, key: str, **extra: Any) -> Any:
+        """Build what stands under `key` (None where the recipe has nothing there)."""
+        return instantiate(self.values.get(key), self.trusted, **extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as it lies on disk: its name for `recipe=`, its path, and its opening comment."""
+
+    name: str
+    path: Path
+    header: tuple[str, ...]
+
+
+class Library:
+    """The folders in which recipes and parts are looked for: the shipped one first, then the user's."""
+
+    def __init__(self, folders: Sequence[str | Path] = ()) -> None:
+        self.shipped = Path(str(importlib.resources.files(SHIPPED)))
+        self.own = [folder for folder in _own_folders(folders) if not folder.samefile(self.shipped)]
+        for folder in self.own:
+            _refuse_shadows(folder, self.shipped)
+
+    def search_path(self) -> str:
+        """Return the override that lets Hydra see the user's folders."""
+        quoted = ",".join(f"'file://{folder}'" for folder in self.own)
+        return f"hydra.searchpath=[{quoted}]"
+
+    def groups(self) -> list[str]:
+        """Return the names of the config groups, such as network and trainer."""
+        folders = [self.shipped, *self.own]
+        return sorted({path.name for folder in folders for path in folder.iterdir() if _is_group(path)})
+
+    def options(self, group: str) -> dict[str, Path]:
+        """Return the files of a group by option name, such as {"points/moons": .../recipe/points/moons.yaml}."""
+        found: dict[str, Path] = {}
+        for folder in [self.shipped, *self.own]:
+            base = folder / group
+            for path in sorted(base.rglob("*.yaml")):
+                found.setdefault(path.relative_to(base).with_suffix("").as_posix(), path)
+        return found
+
+    def recipes(self) -> list[RecipeFile]:
+        """Return every recipe, by name."""
+        return [RecipeFile(name, path, header(path)) for name, path in sorted(self.options("recipe").items())]
+
+
+def header(path: Path) -> tuple[str, ...]:
+    """Return the opening comment of a recipe, line by line, without Hydra's own `# @package`."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return tuple(line.lstrip("# ").rstrip() for line in lines if not line.startswith("# @"))
+
+
+def compose(
+    command: str, overrides: Sequence[str], *, folders: Sequence[str | Path] = (), trusted: Sequence[str] = ()
+) -> Composed:
+    """Compose the recipe that `overrides` name, and check all of it; nothing is built.
+
+    `overrides` are Hydra's (`recipe=digits data.batch_size=64`); `folders` hold recipes of the user's beside
+    ./recipes; `trusted` are the packages of `--trust`. Raises ConfigError or TrustError, in one sentence.
+    """
+    library = Library(folders)
+    parsed = parse(overrides)
+    parsed, typed = _typed_reward(parsed)
+    trusted = (*trusted, *typed)
+    if trusted:
+        import_from_here()
+    chosen = [override for override in parsed if override.get_key_element().lstrip("+~") in library.groups()]
+    recipe = _recipe_name(command, chosen, library)
+    _check_options(chosen, library)
+    groups = [override.input_line or "" for override in chosen if override.key_or_group != "recipe"]
+    base = _compose([library.search_path(), f"recipe={recipe}", *groups])
+    _check_command(command, recipe, base)
+    others = [override for override in parsed if override not in chosen]
+    lines = [_checked_line(override, base, trusted) for override in others]
+    values = _complete(_compose([library.search_path(), f"recipe={recipe}", *groups, *lines]), recipe, library)
+    check(values, trusted)
+    return Composed(recipe, values, trusted)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parse `key=value` arguments; raise ConfigError naming the one that is none."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(f"'{text}' is not of the form key=value (quote brackets: 'seeds=[0,1]').") from error
+    return parsed
+
+
+def sweep(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
+    """Return one (overrides, name suffix) for each point of the product of all `key=a,b` and `range(..)` values."""
+    axes: list[list[tuple[str, str]]] = []
+    for override in parse(overrides):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            axes.append([(override.input_line or "", "")])
+        elif override.is_discrete_sweep():
+            axes.append([(f"{key}={value}", f"{key.split('.')[-1]}={value}") for value in _values(override)])
+        else:
+            raise ConfigError(f"'{override.input_line}' has no end of values: list them, as in {key}=0.1,0.2.")
+    points = []
+    for point in itertools.product(*axes):
+        suffix = ",".join(label for _, label in point if label)
+        points.append(([line for line, _ in point], re.sub(r"[^\w.=,+-]+", "_", suffix)))
+    return points
+
+
+def check(values: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
+    """Check that every `_target_` may be used and takes the arguments that stand beside it; build nothing."""
+    for key, node in targets(values):
+        name = node["_target_"]
+        if not isinstance(name, str) or name.startswith(FORBIDDEN):
+            raise TrustError(f"{key}._target_ is {name!r}, which a recipe may not name.")
+        if "trusted" in node:
+            raise TrustError(f"{key}.trusted stands in the recipe: trust is given on the command line, with --trust.")
+        try:
+            target = resolve(name, trusted)
+            arguments = {argument: value for argument, value in node.items() if argument not in SPECIAL}
+            check_arguments(target, arguments, name)
+            if not node.get("_partial_"):
+                check_required(target, arguments, name)
+            check_types(target, arguments, key)
+        except SteerfmError as error:
+            text = str(error)
+            raise type(error)(text if text.startswith(key) else f"{key}: {text}") from error
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every (dotted key, dictionary) that names a `_target_`, outermost first."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, value in node.items():
+            yield from targets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i in range(len(node)):
+            yield from targets(node[i], f"{key}.{i}")
+
+
+def instantiate(node: Any, trusted: Sequence[str] = (), **extra: Any) -> Any:
+    """Build a checked part of a recipe; `extra` arguments are objects that a recipe cannot hold.
+
+    A SteerfmError raised inside a constructor comes out as it is; any other error becomes a ConfigError.
+    """
+    if node is None:
+        return None
+    prepared = _with_trust(node, trusted)
+    if extra:
+        prepared = {**prepared, "_partial_": True}
+    try:
+        built = hydra.utils.instantiate(prepared, _convert_="all")
+    except InstantiationException as error:
+        raise _plain(error) from error
+    return built(**extra) if extra else built
+
+
+def import_from_here() -> None:
+    """Let Python import modules that lie in the current directory, as `python -m` would."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _own_folders(folders: Sequence[str | Path]) -> list[Path]:
+    given = [Path(folder).expanduser().resolve() for folder in folders]
+    for folder in given:
+        if not folder.is_dir():
+            raise ConfigError(f"--recipes {folder}: no such folder.")
+    here = Path("recipes").resolve()
+    return [*given, here] if here.is_dir() and here not in given else given
+
+
+def _refuse_shadows(folder: Path, shipped: Path) -> None:
+    """Refuse a file of the user's that a shipped one of the same name and other content would hide."""
+    for path in sorted(folder.rglob("*.yaml")):
+        ours = shipped / path.relative_to(folder)
+        if ours.is_file() and ours.read_bytes() != path.read_bytes():
+            raise ConfigError(f"{path} has the name of a recipe that ships with steerfm and wins over it: rename it.")
+
+
+def _is_group(path: Path) -> bool:
+    return path.is_dir() and path.name != "demo" and any(path.rglob("*.yaml"))
+
+
+def _values(override: Override) -> list[str]:
+    return [str(value) for value in override.sweep_string_iterator()]
+
+
+def _typed_reward(parsed: list[Override]) -> tuple[list[Override], list[str]]:
+    """Turn `reward=my_rewards:redness` into a target; whoever types a module trusts it."""
+    for i in range(len(parsed)):
+        value = parsed[i].value() if not parsed[i].is_sweep_override() else None
+        if parsed[i].key_or_group == "reward" and isinstance(value, str) and ":" in value:
+            module, _, name = value.partition(":")
+            import_from_here()
+            is_class = inspect.isclass(resolve(f"{module}.{name}", [module]))
+            lines = ["reward=custom", f"++reward._target_={module}.{name}", f"++reward._partial_={not is_class}"]
+            return [*parsed[:i], *parse(lines), *parsed[i + 1 :]], [module]
+    return parsed, []
+
+
+def _recipe_name(command: str, chosen: list[Override], library: Library) -> str:
+    names = [str(override.value()) for override in chosen if override.key_or_group == "recipe"]
+    if names:
+        return names[-1]
+    if command in library.options("recipe"):
+        return command
+    raise ConfigError(f"Say which recipe: steerfm {command} recipe=NAME (see: steerfm recipes list).")
+
+
+def _check_options(chosen: list[Override], library: Library) -> None:
+    """Check that each chosen option of a group, `network=unet` say, is there."""
+    for override in chosen:
+        group, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            raise ConfigError(f"'{override.input_line}' gives several values: add -m to run each of them.")
+        options = library.options(group)
+        if override.is_delete() or value is None or value in options:
+            continue
+        if group == "recipe":
+            raise ConfigError(f"No recipe is named '{value}'{nearest(str(value), options)} See: steerfm recipes list.")
+        raise ConfigError(f"{group} has no option '{value}'{nearest(str(value), options)} It has: {', '.join(options)}.")
+
+
+def _check_command(command: str, recipe: str, base: Any) -> None:
+    wanted = base.get("command")
+    if wanted != command:
+        raise ConfigError(f"'{recipe}' is a recipe for another command: steerfm {wanted} recipe={recipe}")
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    """Return Hydra's composed config (an OmegaConf object: it must not leave this file)."""
+    try:
+        with hydra.initialize_config_module(version_base="1.3", config_module=SHIPPED):
+            return hydra.compose("main", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        raise ConfigError(f"The recipe does not compose: {' '.join(str(cause).split())}") from error
+
+
+def _checked_line(override: Override, base: Any, trusted: Sequence[str]) -> str:
+    """Return the override as Hydra takes it, once its key is known to exist (or to be an argument left out)."""
+    line, key = override.input_line or "", override.key_or_group
+    if override.is_sweep_override():
+        raise ConfigError(f"'{line}' gives several values: add -m to run each, or use brackets for a list.")
+    if line.startswith(("+", "~")):
+        return line
+    raw = OmegaConf.to_container(base, resolve=False)
+    node, walked = raw, []
+    for part in key.split("."):
+        alias = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
+        if alias:
+            rest = ".".join([alias[1], *key.split(".")[len(walked) :]])
+            raise ConfigError(f"'{'.'.join(walked)}' is taken from '{alias[1]}': write {rest}=... instead of '{line}'.")
+        found, node = _child(node, part)
+        if not found:
+            return _left_out(line, part, walked, node, trusted)
+        walked.append(part)
+    return line
+
+
+def _child(node: Any, part: str) -> tuple[bool, Any]:
+    """Return (True, the child named `part`), or (False, the node itself)."""
+    if isinstance(node, dict) and part in node:
+        return True, node[part]
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return True, node[int(part)]
+    return False, node
+
+
+def _left_out(line: str, part: str, walked: list[str], node: Any, trusted: Sequence[str]) -> str:
+    """Allow an argument that the recipe left out but the target takes; else raise ConfigError."""
+    parent = ".".join(walked) or "the recipe"
+    choices = [str(name) for name in node if name not in SPECIAL] if isinstance(node, dict) else []
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+        target = resolve(node["_target_"], trusted)
+        parameters = inspect.signature(target).parameters
+        if part in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return f"++{line}"
+        choices = list(parameters)
+    known = f" It has: {', '.join(choices)}." if choices else ""
+    raise ConfigError(f"'{line}': {parent} has no '{part}'{nearest(part, choices) or '.'}{known}")
+
+
+def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
+    """Return the config as plain containers, or raise ConfigError for a value that the user must give."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        example = _example(missing[0], library.options("recipe")[recipe])
+        raise ConfigError(f"Recipe '{recipe}' needs a value for '{missing[0]}': add {example}")
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"Recipe '{recipe}': {str(error).splitlines()[0]}") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _example(key: str, path: Path) -> str:
+    """Return an example for a missing value: the comment behind its `???` in the recipe."""
+    leaf = re.escape(key.split(".")[-1])
+    found = re.search(rf"^\s*{leaf}:\s*\?\?\?\s*#\s*(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return f"{key}={found[1].strip()}" if found else f"{key}=VALUE"
+
+
+def _with_trust(node: Any, trusted: Sequence[str]) -> Any:
+    """Hand what the user trusts to every target that asks for it (FlowMap.load, to rebuild a network)."""
+    if isinstance(node, list):
+        return [_with_trust(item, trusted) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copy = {key: _with_trust(value, trusted) for key, value in node.items()}
+    if trusted and "_target_" in copy and "trusted" in inspect.signature(resolve(copy["_target_"], trusted)).parameters:
+        copy["trusted"] = list(trusted)
+    return copy
+
+
+def _plain(error: BaseException) -> SteerfmError:
+    """Return the error of ours at the root of Hydra's, or a ConfigError that says what Hydra's root error said."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+        if isinstance(cause, SteerfmError):
+            return cause
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause
+    where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else "the recipe"
+    return ConfigError(f"{where} could not be built: {type(cause).__name__}: {cause}")
