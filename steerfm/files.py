@@ -1,0 +1,144 @@
+"""Write files so that a crash never leaves half of one, and hold a folder so that two processes never share it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from steerfm.errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; folders are not locked there
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+_held: dict[Path, int] = {}  # the folders that this process holds, and the open lock file of each
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: either all of it is there afterwards, or what was there before.
+
+    The bytes go to a temporary file in the same folder, are flushed to disk, and take the file's place in one
+    step. Raises RunError if the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """Return the one sentence for a file or folder that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = "free some space and run the same command again; what was saved before is untouched"
+    elif error.errno == errno.ENAMETOOLONG:
+        fix = "choose a shorter name"
+    else:
+        fix = "choose another folder, or change its permissions"
+    return RunError(f"Cannot write {path} ({error.strerror or error}): {fix}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; RunError if it is missing, unreadable or something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(data, dict):
+        raise damaged(path, "it holds no JSON object")
+    return data
+
+
+def damaged(path: Path, reason: object) -> RunError:
+    """Return the one sentence for a file of a run folder that cannot be read."""
+    lines = str(reason).splitlines() or ["no reason given"]
+    return RunError(f"{path} cannot be read ({lines[0]}): restore it, or move its run folder away and run again.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in `folder`, which the caller holds."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> None:
+    """Make `folder` if needed and hold it for this process, until `unlock_folder` or the process ends.
+
+    The lock belongs to the process, not to the file: it ends with the process however that ends, so that
+    nothing stale is ever left, and processes forked from this one do not inherit it.
+    Raises RunError if somebody else holds the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken_by = holder(folder)
+        if taken_by:
+            raise RunError(
+                f"The run folder {folder} is in use by {taken_by}: wait until that ends, or choose another name."
+            )
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        _take(descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise RunError(
+            f"The run folder {folder} was taken by another process just now: choose another name."
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _held[folder.resolve()] = descriptor
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let go of `folder`; nothing happens if this process does not hold it."""
+    descriptor = _held.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)  # closing releases the lock
+
+
+def holder(folder: Path) -> str:
+    """Return who holds `folder`, such as "process 4711 on node3", or "" when nobody does."""
+    if folder.resolve() in _held:  # looking at the file would release our own lock when it is closed
+        return f"this very process ({os.getpid()})"
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return ""
+    try:
+        _take(descriptor)
+    except OSError:
+        return os.read(descriptor, 200).decode(errors="replace") or "another process"
+    finally:
+        os.close(descriptor)
+    return ""
+
+
+def _take(descriptor: int) -> None:
+    """Lock an open file at once; raise OSError if another process has it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        log.warning("This file system has no locks: do not start two runs of one name at the same time.")
