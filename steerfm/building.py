@@ -1,0 +1,161 @@
+"""Dotted paths, trusted or not, and objects as plain descriptions.
+
+One function, `resolve`, turns every dotted path into an object, from recipes and from a saved map's JSON
+alike. Allowed by name: everything public in steerfm, and the short list below. A description is a plain
+dictionary {"_target_": "steerfm.networks.mlp.MLP", "width": 256, ...} that `build` turns back into an object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from steerfm.errors import CheckpointError, ConfigError, TrustError, nearest
+
+ALLOWED_MODULES = ("torch.optim", "torch.optim.lr_scheduler")  # their public classes, not their sub-modules
+ALLOWED_NAMES = (
+    "lightning.Trainer",
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.loggers.WandbLogger",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning.pytorch.callbacks.RichProgressBar",
+    "lightning.pytorch.callbacks.TQDMProgressBar",
+)
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def is_trusted(dotted: str, trusted: Sequence[str] = ()) -> bool:
+    """Say whether `dotted` may be imported: steerfm itself, the allowed list, or a package the user trusts."""
+    parts = dotted.split(".")
+    if any(not part.isidentifier() or part.startswith("_") for part in parts):
+        return False
+    if parts[0] == "steerfm" or parts[0] in trusted or any(dotted.startswith(f"{name}.") for name in trusted):
+        return True
+    return dotted in ALLOWED_NAMES or ".".join(parts[:-1]) in ALLOWED_MODULES
+
+
+def resolve(dotted: str, trusted: Sequence[str] = ()) -> Any:
+    """Return the class or function that `dotted` names, such as "steerfm.FlowMap.load".
+
+    Nothing that is not trusted is imported. What a trusted module merely imports from elsewhere (its `os`,
+    say) is not reachable through it. Raises TrustError for an untrusted path, ConfigError for a missing one.
+    """
+    if not is_trusted(dotted, trusted):
+        package = dotted.split(".")[0]
+        raise TrustError(
+            f"'{dotted}' is not on the list of trusted names, so it was not imported. "
+            f"If you wrote it or trust who did, allow its package: --trust {package}"
+        )
+    owner, names = _import_longest(dotted)
+    for name in names:
+        if not hasattr(owner, name):
+            where = getattr(owner, "__name__", dotted)
+            raise ConfigError(f"'{where}' has no '{name}' (from '{dotted}'){nearest(name, dir(owner))}")
+        owner = getattr(owner, name)
+        if inspect.ismodule(owner) and not is_trusted(owner.__name__, trusted):
+            raise TrustError(f"'{dotted}' leads out of trusted code to the module '{owner.__name__}'.")
+    _check_home(owner, dotted, trusted)
+    return owner
+
+
+def _import_longest(dotted: str) -> tuple[Any, list[str]]:
+    """Import the longest module prefix of `dotted`; return it and the names that are left."""
+    parts = dotted.split(".")
+    for i in range(len(parts), 0, -1):
+        module_name = ".".join(parts[:i])
+        try:
+            return importlib.import_module(module_name), parts[i:]
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+                raise  # the module exists, something that it imports does not
+    raise ConfigError(f"No module named '{parts[0]}' (from '{dotted}'): is it installed?")
+
+
+def _check_home(target: Any, dotted: str, trusted: Sequence[str]) -> None:
+    """Refuse a name that a trusted module only borrowed from an untrusted one."""
+    home = getattr(target, "__module__", None)
+    if not callable(target) or home is None:
+        raise ConfigError(f"'{dotted}' names {type(target).__name__}, and a class or function is needed.")
+    package = home.split(".")[0]
+    if package in {"steerfm", "torch", "lightning", *(name.split(".")[0] for name in trusted)}:
+        if package != "torch" or dotted.startswith("torch.optim."):
+            return
+    raise TrustError(f"'{dotted}' is only borrowed from '{home}', which is not trusted: --trust {package}")
+
+
+def remembered(cls: _Class) -> _Class:
+    """Let instances of a class remember the arguments they were made with, for `describe` (a class decorator)."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is cls:
+            bound = inspect.signature(original).bind(self, *args, **kwargs)
+            arguments = dict(list(bound.arguments.items())[1:])
+            object.__setattr__(self, "_arguments", arguments)
+        original(self, *args, **kwargs)
+
+    cls.__init__ = init
+    return cls
+
+
+def describe(obj: Any) -> Any:
+    """Return `obj` as plain JSON-able data that `build` turns back into an equal object.
+
+    Objects are those of a `@remembered` class or a dataclass; numbers, strings, lists and dictionaries stand
+    for themselves. Raises CheckpointError for anything else.
+    """
+    if obj is None or isinstance(obj, (bool, int, float, str)):
+        return obj
+    if isinstance(obj, (list, tuple)):
+        return [describe(item) for item in obj]
+    if isinstance(obj, Mapping):
+        return {str(key): describe(value) for key, value in obj.items()}
+    if hasattr(obj, "tolist"):  # tensors and arrays
+        return obj.tolist()
+    if hasattr(obj, "_arguments"):
+        arguments = obj._arguments
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        arguments = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}
+    else:
+        raise CheckpointError(
+            f"{type(obj).__qualname__} does not remember its arguments, so it cannot be saved as data: "
+            "decorate the class with @steerfm.remembered, or make it a dataclass."
+        )
+    target = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    return {"_target_": target, **{name: describe(value) for name, value in arguments.items()}}
+
+
+def build(description: Any, trusted: Sequence[str] = ()) -> Any:
+    """Return the object that a description stands for; every dotted path goes through `resolve`."""
+    if isinstance(description, Mapping):
+        values = {key: build(value, trusted) for key, value in description.items() if key != "_target_"}
+        if "_target_" not in description:
+            return values
+        target = resolve(description["_target_"], trusted)
+        if not isinstance(target, type):
+            raise TrustError(f"'{description['_target_']}' is not a class, and saved data may only name classes.")
+        check_arguments(target, values, description["_target_"])
+        return target(**values)
+    if isinstance(description, (list, tuple)):
+        return [build(item, trusted) for item in description]
+    return description
+
+
+def check_arguments(target: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
+    """Raise ConfigError if `target` does not take one of the `given` arguments, with the nearest right name."""
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in given:
+        if key not in parameters:
+            choices = ", ".join(parameters)
+            raise ConfigError(f"{name} takes no argument '{key}'{nearest(key, parameters)} It takes: {choices}.")

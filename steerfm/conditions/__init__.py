@@ -1,0 +1,5 @@
+"""Conditions: from prompts to the tensors a network takes, with a null condition; saved with the map."""
+
+from steerfm.conditions.labels import Labels
+
+__all__ = ["Labels"]

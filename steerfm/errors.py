@@ -1,0 +1,55 @@
+"""Every error steerfm raises on purpose: one sentence that says what was wrong, what was got, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SteerfmError(Exception):
+    """Say what was wrong, what was got, and what to do; the CLI prints it as one sentence without a traceback."""
+
+
+class RewardError(SteerfmError):
+    """A reward has the wrong shape, a value that is not finite, or no gradient where one is needed."""
+
+
+class ConfigError(SteerfmError):
+    """A recipe or an argument is wrong."""
+
+
+class CheckpointError(SteerfmError):
+    """A saved file is missing, corrupted, or does not fit what is to be loaded."""
+
+
+class DataError(SteerfmError):
+    """Data are missing or have the wrong form."""
+
+
+class TrainingError(SteerfmError):
+    """Training cannot go on, for example because a loss is not finite."""
+
+
+class TrustError(SteerfmError):
+    """A recipe or a saved map names code that is not trusted."""
+
+
+class RunError(SteerfmError):
+    """A run folder cannot be written, is taken, or is damaged."""
+
+
+class DerivativeError(SteerfmError):
+    """A network cannot be differentiated in forward mode."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the choice most like `name`, or "" when none is near."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def missing_package(package: str, extra: str, needed_for: str) -> SteerfmError:
+    """Return the error for an optional package that is not installed, with the command that installs it."""
+    return SteerfmError(
+        f"{needed_for} needs the package '{package}', which is not installed: pip install 'steerfm[{extra}]'"
+    )

@@ -1,0 +1,225 @@
+"""The flow map: a network that jumps from any point of a path to any other in one call.
+
+F(x, s, t) = x + (t - s) u(x, s, t) carries x from source time s to target time t; u is the average velocity,
+and u(x, t, t) = v(x, t) the velocity. Two more functions lead to clean data, and they are not the same:
+`look_ahead` is one real sample, F(x, t, 0); `denoise` is the posterior mean E[x0 | x_t].
+
+Reference: Boffi et al. 2024, arXiv 2406.07507 (flow map matching).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steerfm import images
+from steerfm.building import remembered
+from steerfm.errors import ConfigError
+from steerfm.paths import Linear, Path
+from steerfm.saving import load_flow_map, save_flow_map
+from steerfm.types import Condition, State, Times, unsqueeze_like
+
+Output = Literal["average_velocity", "denoised"]
+SMALLEST_SOURCE = 1e-3  # the denoised output divides by s, which is kept at least this far from 0
+
+
+class Codec(Protocol):
+    """Lead from model space to what rewards see, and back."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Model space is pixels in [-1, 1]; rewards see [0, 1], clamped, with gradients passing straight through."""
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return images.to_model(pictures)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return images.clamp(images.to_unit(x))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Model space is what rewards see: points (B, d)."""
+
+    def encode(self, points: Tensor) -> Tensor:
+        return points
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+@remembered
+class FlowMap(nn.Module):
+    """Jump along a path with a network that predicts an average velocity or a denoised picture.
+
+    network: called as network(x, s, t, condition) -> (B, *data_shape), with `data_shape` as attribute.
+    conditioner: prompts -> Condition, with `null(n)`; None for a map without prompts. codec: model space to
+    [0, 1] and back; Pixels for (C, H, W), Identity for points. output: what the network returns, u itself or
+    D with u = (x - D) / s. guidance_scale: classifier-free guidance, u_null + scale (u - u_null); 1 is off.
+    Times are (B,) tensors or plain numbers, in [0, 1]; t = 1 is noise.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        path: Path | None = None,
+        conditioner: nn.Module | None = None,
+        codec: Codec | None = None,
+        output: Output = "average_velocity",
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if output not in ("average_velocity", "denoised"):
+            raise ConfigError(f"output is 'average_velocity' or 'denoised', got '{output}'.")
+        if not hasattr(network, "data_shape"):
+            raise ConfigError(f"{type(network).__name__} has no data_shape, for example (1, 8, 8): set it in __init__.")
+        self.network = network
+        self.path = path or Linear()
+        self.conditioner = conditioner
+        self.data_shape: tuple[int, ...] = tuple(network.data_shape)  # type: ignore[arg-type]
+        self.codec: Codec = codec or (Identity() if len(self.data_shape) == 1 else Pixels())
+        self.output = output
+        self.guidance_scale = guidance_scale
+        self.weights = "raw"  # which weights these are: "raw", or "ema" when loaded so
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the network's first tensor; the CPU when it has none."""
+        tensor = next(self.parameters(), None)
+        tensor = tensor if tensor is not None else next(self.buffers(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the floating type of the network's first tensor; float32 when it has none."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.float32
+
+    def average_velocity(
+        self, x: State, s: Times | float, t: Times | float, condition: Condition | None = None
+    ) -> State:
+        """Return u(x, s, t), the mean velocity from source time s to target time t; shape (B, *dim)."""
+        s, t = as_times(s, x), as_times(t, x)
+        if self.guidance_scale == 1.0 or condition is None:
+            return self._predict(x, s, t, condition)
+        if self.conditioner is None:
+            raise ConfigError("Guidance needs a null condition, and this flow map has no conditioner.")
+        null = self.conditioner.null(len(x)).to(x.device)  # type: ignore[operator]
+        both = self._predict(torch.cat([x, x]), torch.cat([s, s]), torch.cat([t, t]), Condition.cat([condition, null]))
+        guided, free = both.chunk(2)
+        return free + self.guidance_scale * (guided - free)
+
+    def _predict(self, x: State, s: Times, t: Times, condition: Condition | None) -> State:
+        output = self.network(x, s, t, condition)
+        if self.output == "denoised":
+            return (x - output) / unsqueeze_like(s.clamp_min(SMALLEST_SOURCE), x)
+        return output
+
+    def velocity(self, x: State, t: Times | float, condition: Condition | None = None) -> State:
+        """Return v(x, t) = u(x, t, t), the velocity of the path; shape (B, *dim)."""
+        return self.average_velocity(x, t, t, condition)
+
+    def jump(self, x: State, s: Times | float, t: Times | float, condition: Condition | None = None) -> State:
+        """Return F(x, s, t): x carried from source time s to target time t; shape (B, *dim)."""
+        s, t = as_times(s, x), as_times(t, x)
+        return x + unsqueeze_like(t - s, x) * self.average_velocity(x, s, t, condition)
+
+    def look_ahead(self, x: State, t: Times | float, condition: Condition | None = None) -> State:
+        """Return F(x, t, 0), one real sample of clean data; not the posterior mean."""
+        return self.jump(x, t, 0.0, condition)
+
+    def denoise(self, x: State, t: Times | float, condition: Condition | None = None) -> State:
+        """Return E[x0 | x_t], the posterior mean (Tweedie); not a sample."""
+        t = as_times(t, x)
+        return self.path.denoised(x, self.velocity(x, t, condition), t)
+
+    def score(self, x: State, t: Times | float, condition: Condition | None = None) -> State:
+        """Return the gradient of log p_t at x, from the velocity; t > 0."""
+        t = as_times(t, x)
+        return self.path.score(x, self.velocity(x, t, condition), t)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition | None:
+        """Return the condition that prompts stand for, on the map's device; None for a map without prompts."""
+        return None if self.conditioner is None else self.conditioner(prompts).to(self.device)
+
+    def encode(self, pictures: Tensor) -> State:
+        """Return pictures in [0, 1] (or points) in model space."""
+        return self.codec.encode(pictures)
+
+    def decode(self, x: State) -> Tensor:
+        """Return what rewards see: pictures in [0, 1], gradients passing the clamp straight through."""
+        return self.codec.decode(x)
+
+    def with_guidance(self, scale: float) -> FlowMap:
+        """Return the same map, sharing its weights, with classifier-free guidance of this scale."""
+        view = copy.copy(self)
+        view.guidance_scale = scale
+        return view
+
+    def frozen_copy(self) -> FlowMap:
+        """Return a copy whose weights are its own and take no gradient: a reference or a teacher."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    def save(self, folder: str | os.PathLike[str]) -> FilePath:
+        """Write flow_map.json and flow_map.safetensors into `folder`; see `FlowMap.load`."""
+        return save_flow_map(self, FilePath(folder))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        weights: Literal["ema", "raw"] | None = None,
+        network: nn.Module | None = None,
+        trusted: Sequence[str] = (),
+    ) -> FlowMap:
+        """Load a saved map, a run folder's map, or the map inside a Lightning checkpoint.
+
+        weights: "ema" or "raw", for checkpoints, which hold both; EMA where there is one by default, and a
+        log line says which were taken. network: a network of your own, for a map whose JSON names code that
+        is not trusted. Raises CheckpointError for missing or damaged files, TrustError for untrusted code.
+        """
+        return load_flow_map(cls, FilePath(path), weights=weights, network=network, trusted=trusted)
+
+
+def as_times(t: Any, x: Tensor) -> Times:
+    """Return t as a (B,) tensor like x. Raises ConfigError for numbers outside [0, 1].
+
+    Tensors are checked on the CPU only, where looking at them costs no synchronisation, and a little slack is
+    left for finite differences.
+    """
+    if isinstance(t, Tensor):
+        if t.ndim == 0:
+            t = t.expand(len(x))
+        if t.shape != (len(x),):
+            raise ConfigError(f"t needs one time a sample, shape ({len(x)},), got {tuple(t.shape)}.")
+        watched = t.device.type == "cpu" and not torch.compiler.is_compiling() and len(t) > 0
+        if watched and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+            _check_range(float(t.min()), slack=0.05)
+            _check_range(float(t.max()), slack=0.05)
+        return t.to(x.dtype)
+    _check_range(float(t))
+    return torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
+
+
+def _check_range(t: float, slack: float = 0.0) -> None:
+    if not -slack <= t <= 1 + slack:
+        raise ConfigError(
+            f"t must lie in [0, 1], got {t}. "
+            "diffusers timesteps are 1000 t: divide, or use steerfm.backbones.diffusers."
+        )

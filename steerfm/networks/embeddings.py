@@ -1,0 +1,59 @@
+"""How a network is told the two times and the class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.errors import ConfigError
+from steerfm.types import Condition, Times
+
+
+class TimeEmbedding(nn.Module):
+    """Embed source time s, target time t and the signed interval t - s; (B,), (B,) -> (B, width).
+
+    Each of the three becomes sines and cosines of `frequencies` log-spaced rates up to `max_rate` radians a
+    unit of time. Rates stay low: training differentiates through them, and a rate w multiplies a tangent by w.
+    """
+
+    def __init__(self, width: int, frequencies: int = 16, max_rate: float = 32.0) -> None:
+        super().__init__()
+        rates = torch.logspace(math.log10(0.5), math.log10(max_rate), frequencies)
+        self.register_buffer("rates", rates, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(6 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, s: Times, t: Times) -> Tensor:
+        times = torch.stack([s, t, t - s], 1)  # (B, 3)
+        angles = (times[:, :, None] * self.rates).flatten(1)
+        return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+class ClassEmbedding(nn.Module):
+    """Embed class labels, (B,) long -> (B, width); label `num_classes` is the null class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, condition: Condition | None, like: Tensor) -> Tensor:
+        """Return the embedding of condition["label"], or of the null class where there is no condition."""
+        if condition is None:
+            label = torch.full((len(like),), self.num_classes, device=like.device)
+        else:
+            label = condition["label"]
+        return self.table(label)
+
+
+def conditioning(
+    time: TimeEmbedding, classes: ClassEmbedding | None, s: Times, t: Times, condition: Condition | None
+) -> Tensor:
+    """Return the sum of the time and the class embeddings, (B, width)."""
+    embedding = time(s, t)
+    if classes is not None:
+        return embedding + classes(condition, embedding)
+    if condition is not None:
+        raise ConfigError(f"This network takes no condition, got one with {list(condition.tensors)}: set num_classes.")
+    return embedding

@@ -1,0 +1,78 @@
+"""A residual MLP with adaptive norm, for points and tiny pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from steerfm.building import remembered
+from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning
+from steerfm.types import Condition, State, Times
+
+
+class _Block(nn.Module):
+    """h + gate * MLP(norm(h) (1 + scale) + shift), with shift, scale and gate read off the conditioning."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        nn.init.zeros_(self.modulation.weight)  # adaLN-zero: each block starts as the identity
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(embedding).chunk(3, 1)
+        return h + gate * self.down(functional.silu(self.up(self.norm(h) * (1 + scale) + shift)))
+
+
+@remembered
+class MLP(nn.Module):
+    """Predict u(x, s, t, condition) with residual blocks on the flattened state.
+
+    data_shape: shape of one sample, for example (2,) or (1, 8, 8). width: features; depth: blocks;
+    expansion: hidden units a feature. num_classes: classes the condition's "label" may name; 0 is none. The
+    output layer starts at zero. Reference: Peebles and Xie 2023, arXiv 2212.09748 (adaptive norm).
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        width: int = 256,
+        depth: int = 4,
+        expansion: float = 2.0,
+        num_classes: int = 0,
+        frequencies: int = 16,
+        max_rate: float = 32.0,
+    ) -> None:
+        super().__init__()
+        self.data_shape = tuple(data_shape)
+        self.time = TimeEmbedding(width, frequencies, max_rate)
+        self.classes = ClassEmbedding(num_classes, width) if num_classes else None
+        self.enter = nn.Linear(math.prod(data_shape), width)
+        self.blocks = nn.ModuleList(_Block(width, round(width * expansion)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.leave = nn.Linear(width, math.prod(data_shape))
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
+        embedding = functional.silu(conditioning(self.time, self.classes, s, t, condition))
+        h = self.enter(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.leave(self.norm(h)).reshape(x.shape)
+
+
+def randomise(network: nn.Module, scale: float = 0.1, seed: int = 0) -> None:
+    """Draw all parameters anew, so that layers which start at zero take part in a test or a benchmark."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.copy_(scale * noise + (1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0))

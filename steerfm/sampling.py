@@ -1,0 +1,253 @@
+"""Samplers of a flow map: few jumps, Euler, Heun, and the reverse-time SDE with its shared step.
+
+In reverse time tau = 1 - t the path's marginals are those of dx = -v dtau, and of
+dx = (-v + g^2/2 score) dtau + g dW for any g >= 0 (MATHS: Song et al. 2021, arXiv 2011.13456, appendix D).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerfm import seeds as seeding
+from steerfm.errors import ConfigError
+from steerfm.flow_map import FlowMap, as_times
+from steerfm.paths import Path
+from steerfm.times import time_grid
+from steerfm.types import Condition, Cost, Samples, State, Times, Values, unsqueeze_like
+
+Noise = Literal["memoryless", "gentle"]
+
+
+def few_jumps(flow_map: FlowMap, x1: State, jumps: int, condition: Condition | None = None) -> State:
+    """Return x0 by `jumps` equal jumps from noise; one network call each."""
+    x = x1
+    for s, t in _pairs(time_grid(jumps)):
+        x = flow_map.jump(x, s, t, condition)
+    return x
+
+
+def euler(flow_map: FlowMap, x1: State, steps: int, condition: Condition | None = None) -> State:
+    """Return x0 by Euler steps of the velocity; one network call a step."""
+    x = x1
+    for s, t in _pairs(time_grid(steps)):
+        x = x + (t - s) * flow_map.velocity(x, s, condition)
+    return x
+
+
+def heun(flow_map: FlowMap, x1: State, steps: int, condition: Condition | None = None) -> State:
+    """Return x0 by Heun steps of the velocity, the last one Euler's; two network calls a step.
+
+    Reference: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+    """
+    x = x1
+    for s, t in _pairs(time_grid(steps)):
+        v = flow_map.velocity(x, s, condition)
+        x_next = x + (t - s) * v
+        if t > 0:
+            v = (v + flow_map.velocity(x_next, t, condition)) / 2
+        x = x + (t - s) * v
+    return x
+
+
+class Step(NamedTuple):
+    """One step of an SDE: the new state, the mean and standard deviation it was drawn with, its log-density."""
+
+    x_next: State
+    mean: State
+    std: Times
+    log_prob: Values
+
+
+def sde_step(x: State, drift: State, g2: Times, dtau: float, noise: State) -> Step:
+    """Take one Euler-Maruyama step x + drift dtau + sqrt(g2 dtau) noise of reverse time.
+
+    g2: (B,), the squared diffusion. log_prob: of x_next under N(mean, std^2), summed over dimensions; 0 where
+    std is 0. Shared by steering, adjoint matching and policy gradients.
+    """
+    mean = x + drift * dtau
+    std = (g2 * dtau).sqrt()
+    x_next = mean + unsqueeze_like(std, x) * noise
+    return Step(x_next, mean, std, gaussian_log_prob(x_next, mean, std))
+
+
+def gaussian_log_prob(x: State, mean: State, std: Times) -> Values:
+    """Return log N(x; mean, std^2 I), summed over dimensions, (B,); 0 where std is 0."""
+    d = x[0].numel()
+    positive = torch.where(std > 0, std, torch.ones_like(std))
+    gap = ((x - mean) / unsqueeze_like(positive, x)).flatten(1)
+    log_prob = -0.5 * (gap**2).sum(1) - d * positive.log() - 0.5 * d * torch.log(torch.tensor(2 * torch.pi))
+    return torch.where(std > 0, log_prob, torch.zeros_like(log_prob))
+
+
+def squared_noise(path: Path, t: Times, step: float, noise: Noise) -> Times:
+    """Return g^2 at t: "memoryless" 2 eta (linear: 2 t / (1 - t + step)), or "gentle" 2 eta alpha (linear: 2 t)."""
+    if noise == "memoryless":
+        return path.memoryless_noise(t, step)
+    if noise == "gentle":
+        return path.gentle_noise(t)
+    raise ConfigError(f"noise is 'memoryless' or 'gentle', got '{noise}'.")
+
+
+def reverse_drift(path: Path, x: State, v: State, t: Times, g2: Times) -> State:
+    """Return -v + g^2/2 score, the drift in reverse time that keeps the path's marginals; t > 0."""
+    return -v + unsqueeze_like(g2 / 2, x) * path.score(x, v, t)
+
+
+def sde(
+    flow_map: FlowMap,
+    x1: State,
+    steps: int,
+    condition: Condition | None = None,
+    *,
+    draw: Callable[[int], State],
+    noise: Noise = "memoryless",
+) -> State:
+    """Return x0 by the reverse-time SDE; one network call a step. `draw(step)` gives that step's noise.
+
+    The last step adds no noise: at t = 0 the path ends on data.
+    """
+    x = x1
+    for i, (s, t) in enumerate(_pairs(time_grid(steps))):
+        times = as_times(s, x)
+        g2 = squared_noise(flow_map.path, times, s - t, noise)
+        drift = reverse_drift(flow_map.path, x, flow_map.velocity(x, times, condition), times, g2)
+        x = sde_step(x, drift, g2 if t > 0 else torch.zeros_like(g2), s - t, draw(i)).x_next
+    return x
+
+
+@dataclass(frozen=True)
+class Unsteered:
+    """Sample the flow map as it is: the baseline that every method is compared with.
+
+    sampler: "jumps", "euler", "heun" or "sde" (memoryless); steps: jumps or steps. Same interface as a
+    steering method; a reward is only evaluated.
+    """
+
+    sampler: Literal["jumps", "euler", "heun", "sde"] = "jumps"
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sampler not in ("jumps", "euler", "heun", "sde"):
+            raise ConfigError(f"sampler is 'jumps', 'euler', 'heun' or 'sde', got '{self.sampler}'.")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        flow_map: FlowMap,
+        reward: Any = None,
+        *,
+        prompts: Sequence[str] = ("",),
+        seeds: Sequence[int] = (0,),
+        condition: Condition | None = None,
+    ) -> Samples:
+        task = prepare(flow_map, prompts, seeds, condition)
+        with measure(flow_map, None, len(task.seeds)) as cost:
+            if self.sampler == "sde":
+                x0 = sde(flow_map, task.x1, self.steps, task.condition, draw=task.step_noise)
+            else:
+                run = {"jumps": few_jumps, "euler": euler, "heun": heun}[self.sampler]
+                x0 = run(flow_map, task.x1, self.steps, task.condition)
+        return finish(flow_map, task, x0, reward, cost())
+
+
+class Task(NamedTuple):
+    """What is to be sampled: one (prompt, seed) pair a row, `particles` rows of noise each."""
+
+    prompts: list[str]
+    seeds: list[int]
+    condition: Condition | None
+    x1: State
+    particles: int
+
+    def step_noise(self, step: int) -> State:
+        """Return the noise of one SDE step, keyed by (seed, particle, step), like x1."""
+        shape = self.x1.shape[1:]
+        noise = seeding.noise(self.seeds, shape, particles=self.particles, stream="step", step=step)
+        return noise.to(self.x1)
+
+
+def prepare(
+    flow_map: FlowMap,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    condition: Condition | None = None,
+    particles: int = 1,
+) -> Task:
+    """Pair prompts with seeds (either may have length one), encode them and draw the initial noise.
+
+    condition: given instead of encoding the prompts, one row a pair. Rows of a pair's particles are
+    neighbours. Raises ConfigError where the lengths do not fit.
+    """
+    if isinstance(prompts, str):
+        raise ConfigError(f"prompts is a list of strings, got the string '{prompts}': write ['{prompts}'].")
+    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    n = max(len(prompts), len(seeds))
+    if min(len(prompts), len(seeds)) == 0 or len(prompts) not in (1, n) or len(seeds) not in (1, n):
+        raise ConfigError(f"Prompts and seeds are paired one to one: got {len(prompts)} prompts, {len(seeds)} seeds.")
+    prompts, seeds = prompts * (n // len(prompts)), seeds * (n // len(seeds))
+    if condition is None:
+        condition = flow_map.encode_prompts(prompts)
+    elif len(condition) != n:
+        raise ConfigError(f"The condition needs one row a (prompt, seed) pair, {n}, got {len(condition)}.")
+    if condition is not None and particles > 1:
+        condition = condition.repeat_interleave(particles)
+    x1 = seeding.noise(seeds, flow_map.data_shape, particles=particles, dtype=flow_map.dtype, device=flow_map.device)
+    return Task(prompts, seeds, condition, x1, particles)
+
+
+def finish(flow_map: FlowMap, task: Task, x0: State, reward: Any, cost: Cost, **more: Any) -> Samples:
+    """Decode x0, score it once (not charged to the cost) and return the samples."""
+    with torch.no_grad():
+        images = flow_map.decode(x0)
+        scores = None if reward is None else reward(images, task.prompts)
+    samples = Samples(x0.detach(), images, task.prompts, task.seeds, cost, **more)
+    return samples if scores is None else replace(samples, rewards=scores.total, parts=scores.parts)
+
+
+@contextmanager
+def measure(flow_map: FlowMap, reward: nn.Module | None, returned: int) -> Iterator[Callable[[], Cost]]:
+    """Count what happens inside the block, per returned sample; call the yielded function for the Cost.
+
+    Every row through the network counts one, every row back through it two; every scored picture one reward
+    call, every back-propagated one a reward gradient. Recomputed forward passes count, as they cost.
+    """
+    counts = {"network": 0, "calls": 0, "gradients": 0}
+
+    def add(key: str, rows: int) -> None:
+        counts[key] += rows
+
+    def network_hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        add("network", len(output))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: add("network", 2 * len(gradient)))
+
+    def reward_hook(module: nn.Module, arguments: Any, scores: Any) -> None:
+        add("calls", len(scores.total))
+        if scores.total.requires_grad:
+            scores.total.register_hook(lambda gradient: add("gradients", len(gradient)))
+
+    handles = [flow_map.network.register_forward_hook(network_hook)]
+    if reward is not None:
+        handles.append(reward.register_forward_hook(reward_hook))
+    start = time.perf_counter()
+    try:
+        yield lambda: Cost(
+            counts["network"] / returned,
+            counts["calls"] / returned,
+            counts["gradients"] / returned,
+            (time.perf_counter() - start) / returned,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pairs(times: list[float]) -> Iterator[tuple[float, float]]:
+    return zip(times, times[1:], strict=False)

@@ -1,0 +1,144 @@
+"""Flow maps on disk: flow_map.json says how to build the map, flow_map.safetensors holds its weights. No pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from steerfm.building import build, describe
+from steerfm.errors import CheckpointError
+from steerfm.files import write_atomic
+
+if TYPE_CHECKING:
+    from steerfm.flow_map import FlowMap
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+JSON_NAME, WEIGHTS_NAME = "flow_map.json", "flow_map.safetensors"
+
+
+def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
+    """Return what rebuilds the map, as JSON-able data; a network that cannot be described is left to the user."""
+    description: dict[str, Any] = {"_target_": "steerfm.flow_map.FlowMap"}
+    try:
+        description["network"] = describe(flow_map.network)
+    except CheckpointError as error:
+        log.warning("%s The map is saved all the same: load it with FlowMap.load(path, network=...).", error)
+        description["network"] = None
+    for name in ("path", "conditioner", "codec", "output", "guidance_scale"):
+        description[name] = describe(getattr(flow_map, name))
+    return description
+
+
+def save_flow_map(flow_map: FlowMap, folder: Path) -> Path:
+    """Write the map into `folder` and return it. Raises RunError where it cannot be written."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()}
+    text = json.dumps(
+        {"format": FORMAT, "weights": flow_map.weights, "flow_map": describe_flow_map(flow_map)}, indent=2
+    )
+    write_atomic(folder / WEIGHTS_NAME, serialise(tensors))
+    write_atomic(folder / JSON_NAME, text.encode())
+    return folder
+
+
+def load_flow_map(
+    cls: type[FlowMap],
+    path: Path,
+    *,
+    weights: Literal["ema", "raw"] | None = None,
+    network: nn.Module | None = None,
+    trusted: Sequence[str] = (),
+) -> FlowMap:
+    """Load a map from its folder, a run folder, or a Lightning checkpoint; see FlowMap.load."""
+    if path.is_dir():
+        folder = path if (path / JSON_NAME).exists() else path / "map"
+        description, tensors, taken = _read_folder(folder, path, weights)
+    elif path.exists():
+        description, tensors, taken = _read_checkpoint(path, weights)
+    else:
+        raise CheckpointError(f"There is no flow map at {path}: give a saved map's folder, a run, or a .ckpt file.")
+    flow_map = _rebuild(cls, description, network, path, trusted)
+    _fill(flow_map, tensors, path)
+    flow_map.weights = taken
+    log.info("Loaded the %s weights of %s", taken, path)
+    return flow_map.eval()
+
+
+def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, dict[str, Tensor], str]:
+    if not (folder / JSON_NAME).exists():
+        raise CheckpointError(f"{asked} holds no flow map: neither {JSON_NAME} nor map/{JSON_NAME} is there.")
+    try:
+        saved = json.loads((folder / JSON_NAME).read_text())
+        description, taken = saved["flow_map"], saved["weights"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / JSON_NAME} is damaged ({error}): save the map again.") from error
+    if saved.get("format", 0) > FORMAT:
+        raise CheckpointError(f"{folder / JSON_NAME} was written by a newer steerfm: upgrade steerfm to load it.")
+    if weights is not None and weights != taken:
+        raise CheckpointError(f"{folder} holds the {taken} weights only: load the run's checkpoint for {weights}.")
+    try:
+        return description, load_file(folder / WEIGHTS_NAME), taken
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy it beside {JSON_NAME}.") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged ({error}): copy or save it again.") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a Lightning checkpoint as plain data and tensors; nothing in it is executed.
+
+    Raises CheckpointError for a damaged file or one that holds more than data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint of steerfm ({reason}): use an earlier one.") from error
+
+
+def _read_checkpoint(path: Path, weights: str | None) -> tuple[Any, dict[str, Tensor], str]:
+    checkpoint = read_checkpoint(path)
+    if "flow_map" not in checkpoint:
+        raise CheckpointError(f"{path} holds no flow map: it was not written by FlowMapTraining or RewardFineTuning.")
+    raw = {
+        name.removeprefix("flow_map."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("flow_map.")
+    }
+    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
+    taken = weights or ("ema" if average else "raw")
+    if taken == "ema":
+        if not average:
+            raise CheckpointError(f"{path} holds no EMA weights: train with the EMA callback, or ask for weights='raw'.")
+        raw |= {name.removeprefix("flow_map."): tensor for name, tensor in average.items()}
+    return checkpoint["flow_map"], raw, taken
+
+
+def _rebuild(
+    cls: type[FlowMap], description: Mapping[str, Any], network: nn.Module | None, path: Path, trusted: Sequence[str]
+) -> FlowMap:
+    if network is not None:
+        description = {**description, "network": None}
+    elif not description.get("network"):
+        raise CheckpointError(f"{path} was saved with a network of your own: FlowMap.load(path, network=MyNet(...)).")
+    parts = {name: build(value, trusted) for name, value in description.items() if name != "_target_"}
+    return cls(**{**parts, "network": network if network is not None else parts["network"]})
+
+
+def _fill(flow_map: FlowMap, tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        flow_map.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"The weights in {path} do not fit the network ({detail}).") from error

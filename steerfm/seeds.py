@@ -1,0 +1,53 @@
+"""Random numbers at sampling: sample i depends on its seed alone.
+
+Every draw is a function of (seed, stream, step) and, for populations, of the particle's place; never of the
+batch size, the device, the number of processes or what was drawn before. numpy's Philox generator is drawn
+sequentially on the CPU, so that the first particles of a large population are those of a small one.
+
+Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (counter-based generators).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfm.errors import ConfigError
+
+STREAMS = ("initial", "step", "resample", "select", "posterior", "training", "validation")
+
+
+def generator(seed: int, stream: str = "initial", step: int = 0) -> np.random.Generator:
+    """Return the random stream that belongs to (seed, stream, step).
+
+    Raises ConfigError for a negative seed or an unknown stream.
+    """
+    if seed < 0:
+        raise ConfigError(f"A seed must be a whole number of at least 0, got {seed}.")
+    if stream not in STREAMS:
+        raise ConfigError(f"Unknown random stream '{stream}'; the streams are {', '.join(STREAMS)}.")
+    sequence = np.random.SeedSequence(entropy=int(seed), spawn_key=(STREAMS.index(stream), step))
+    return np.random.Generator(np.random.Philox(sequence))
+
+
+def noise(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    particles: int = 1,
+    stream: str = "initial",
+    step: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return standard normal noise, shape (len(seeds) * particles, *shape); a seed's particles are neighbours."""
+    rows = [generator(seed, stream, step).standard_normal((particles, *shape)) for seed in seeds]
+    return torch.from_numpy(np.concatenate(rows)).to(device=device, dtype=dtype)
+
+
+def uniform(seeds: Sequence[int], *, stream: str = "resample", step: int = 0) -> Tensor:
+    """Return one uniform number in [0, 1) for each seed, shape (len(seeds),), float64 on the CPU."""
+    return torch.tensor([generator(seed, stream, step).random() for seed in seeds], dtype=torch.float64)
