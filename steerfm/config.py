@@ -43,6 +43,10 @@ class Composed:
         """Build what stands under `key` (None where the recipe has nothing there)."""
         return instantiate(self.values.get(key), self.trusted, **extra)
 
+    def named(self, name: str) -> Composed:
+        """Return the same recipe for a run of this name."""
+        return dataclasses.replace(self, values={**self.values, "name": name})
+
 
 @dataclasses.dataclass(frozen=True)
 class RecipeFile:
@@ -119,6 +123,13 @@ def compose(
     return Composed(recipe, values, trusted)
 
 
+def preview(overrides: Sequence[str], *, folders: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Return a recipe as composed, with `???` where a value is missing; nothing is checked, imported or built."""
+    composed = _compose([Library(folders).search_path(), *overrides])
+    values = OmegaConf.to_container(composed, resolve=False)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse `key=value` arguments; raise ConfigError naming the one that is none."""
     parser = OverridesParser.create()
@@ -139,13 +150,13 @@ def sweep(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
         if not override.is_sweep_override():
             axes.append([(override.input_line or "", "")])
         elif override.is_discrete_sweep():
-            axes.append([(f"{key}={value}", f"{key.split('.')[-1]}={value}") for value in _values(override)])
+            axes.append([(f"{key}={value}", f"{key.split('.')[-1]}-{value}") for value in _values(override)])
         else:
             raise ConfigError(f"'{override.input_line}' has no end of values: list them, as in {key}=0.1,0.2.")
     points = []
     for point in itertools.product(*axes):
-        suffix = ",".join(label for _, label in point if label)
-        points.append(([line for line, _ in point], re.sub(r"[^\w.=,+-]+", "_", suffix)))
+        suffix = "-".join(label for _, label in point if label)
+        points.append(([line for line, _ in point], re.sub(r"[^\w.+-]+", "_", suffix)))
     return points
 
 

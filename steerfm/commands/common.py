@@ -1,0 +1,123 @@
+"""What the commands that run recipes share: composing, opening the run folder, loggers, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from steerfm import config
+from steerfm.config import Composed
+from steerfm.runs import Run, choose_name, is_main_process
+
+console = Console(highlight=False)
+
+
+def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
+    """Compose every recipe that the arguments ask for (one, or each point of a sweep), before any is run."""
+    if not arguments.multirun:
+        return [config.compose(command, arguments.overrides, folders=arguments.recipes, trusted=arguments.trust)]
+    points = config.sweep(arguments.overrides)
+    recipes = [config.compose(command, lines, folders=arguments.recipes, trusted=arguments.trust) for lines, _ in points]
+    first = recipes[0]
+    stem = choose_name(first.recipe, str(first.values["name"] or ""), first.values["folder"])
+    return [recipe.named(f"{stem}-{suffix}" if suffix else stem) for recipe, (_, suffix) in zip(recipes, points)]
+
+
+def start(recipe: Composed) -> Run:
+    """Open the run folder of a recipe, and say where it is; the run is resumed if it is unfinished."""
+    values = recipe.values
+    run = Run.start(
+        choose_name(recipe.recipe, str(values["name"] or ""), values["folder"]),
+        command=values["command"],
+        config=values,
+        recipe=recipe.recipe,
+        label=str(values["label"] or ""),
+        inputs=inputs(recipe),
+        root=values["folder"],
+    )
+    if is_main_process():
+        console.print(f"{'Continuing' if run.resumed else 'Running'} [bold]{run.folder}[/bold]")
+    return run
+
+
+def inputs(recipe: Composed) -> list[str]:
+    """Return the runs, files and folders that a recipe reads."""
+    return [str(path) for path in recipe.values["inputs"] if path is not None]
+
+
+def logger(recipe: Composed, run: Run) -> Any:
+    """Build the recipe's logger so that it writes into the run folder; False where the recipe has none.
+
+    A W&B run keeps its id when it is resumed, and is offline unless WANDB_API_KEY is set or mode is "online".
+    """
+    node = recipe.values.get("logger")
+    if node is None:
+        return False
+    if node["_target_"].endswith("WandbLogger"):
+        identity = hashlib.sha256(f"{run.folder.resolve()} {run.info.started}".encode()).hexdigest()[:12]
+        mode = wandb_mode(node.get("mode", "auto"))
+        return recipe.build(
+            "logger", name=run.info.label, save_dir=str(run.folder), id=identity, mode=mode, config=recipe.values
+        )
+    logs = run.folder / "logs"
+    return recipe.build("logger", save_dir=str(logs), name="", version=len(list(logs.glob("*"))))
+
+
+def close(built: Any) -> None:
+    """Let a W&B run end with its stage, so that the next one in this process does not write into it."""
+    experiment = getattr(built, "_experiment", None)
+    if hasattr(experiment, "finish"):
+        experiment.finish()
+
+
+def wandb_mode(asked: str) -> str:
+    """Return W&B's mode: as asked, or for "auto" online where WANDB_API_KEY is set and offline otherwise."""
+    if asked != "auto":
+        return asked
+    return "online" if os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline" else "offline"
+
+
+def progress_bar(steps: int) -> Any:
+    """Return a progress bar that is redrawn fifty times at most, and ten where nobody watches a terminal."""
+    from lightning.pytorch.callbacks import TQDMProgressBar
+
+    return TQDMProgressBar(refresh_rate=max(1, steps // (50 if console.is_terminal else 10)))
+
+
+def trainer(recipe: Composed, run: Run, **extra: Any) -> Any:
+    """Build the recipe's Trainer for a run folder; `extra` are its callbacks and its logger."""
+    return recipe.build("trainer", default_root_dir=str(run.folder), **extra)
+
+
+def callbacks(recipe: Composed) -> list[Any]:
+    """Build the recipe's callbacks, in its order; those set to null are left out."""
+    return [callback for callback in (recipe.build("callbacks") or {}).values() if callback is not None]
+
+
+def again(run: Run, command: str) -> str:
+    """Return what to type to continue an interrupted run."""
+    return f"steerfm {command} recipe={run.info.recipe} name={run.info.name} (and the same values)"
+
+
+def show_log() -> None:
+    """Send steerfm's log to the terminal, on the main process only, without Lightning's tips."""
+    library = logging.getLogger("steerfm")
+    if not library.handlers:
+        library.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_path=False))
+    library.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def each(arguments: argparse.Namespace, command: str) -> Iterator[Composed]:
+    """Yield each composed recipe with the log turned on."""
+    recipes = composed(arguments, command)
+    show_log()
+    yield from recipes

@@ -1,0 +1,63 @@
+"""`steerfm env`: what this machine and this installation are, to be pasted into a question."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "steerfm", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "wandb", "open-clip-torch", "transformers",
+    "torchmetrics", "scikit-learn", "numpy", "safetensors", "diffusers", "peft", "trl", "datasets", "wandb-workspaces",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print versions, devices, cores, memory and W&B's mode."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in facts():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+    return 0
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Yield (what, value) for everything that decides whether and how fast a run works."""
+    yield "python", f"{platform.python_version()} ({platform.platform()})"
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield "cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
+    yield "memory", _memory()
+    yield from _devices()
+    from steerfm.commands.common import wandb_mode
+
+    yield "W&B", wandb_mode("auto")
+
+
+def _memory() -> str:
+    """Return the machine's memory in GiB, where the system tells."""
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "threads", str(torch.get_num_threads())
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        yield f"cuda:{i}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+    if not torch.cuda.is_available():
+        yield "cuda", "none: everything runs on the CPU"
+    if torch.backends.mps.is_available():
+        yield "mps", "available"

@@ -1,0 +1,110 @@
+"""Fit a module and save what it learnt: what `train` and `finetune` share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from lightning import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from steerfm.commands import common
+from steerfm.config import Composed
+from steerfm.errors import CheckpointError
+from steerfm.runs import Run
+from steerfm.saving import read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace, command: str) -> int:
+    """Fit what the recipe describes (each point of a sweep, in turn); return the exit code."""
+    for recipe in common.each(arguments, command):
+        folder = fit(recipe)
+        common.console.print(f"Saved {folder}")
+    return 0
+
+
+def fit(recipe: Composed) -> Path:
+    """Fit a composed recipe in its run folder and return the folder of what was saved.
+
+    An unfinished run continues from its last good checkpoint. An interrupted one raises KeyboardInterrupt,
+    whose text says how to continue.
+    """
+    values = recipe.values
+    with common.start(recipe) as run:
+        seed_everything(values["seed"], workers=True, verbose=False)
+        module, data = recipe.build("module"), recipe.build("data")
+        logger = common.logger(recipe, run)
+        trainer = _trainer(recipe, run, logger)
+        try:
+            _fit(trainer, module, data, last_good(run), common.again(run, values["command"]))
+        finally:
+            common.close(logger)
+        saved = run.folder / values["save_as"]
+        if trainer.is_global_zero:
+            module.save(saved)
+        run.finish({name: float(value) for name, value in trainer.callback_metrics.items()})
+    return saved
+
+
+def last_good(run: Run) -> Path | None:
+    """Return the newest checkpoint of a run that can be read, None where it has none yet.
+
+    Raises CheckpointError if there are checkpoints and every one is damaged.
+    """
+    folder = run.folder / "checkpoints"
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.is_symlink()), reverse=True)
+    damage: list[CheckpointError] = []
+    for path in found:
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            damage.append(error)
+            continue
+        if damage:
+            log.warning("%s Going on from the one before it, %s.", damage[0], path.name)
+        return path
+    if damage:
+        raise CheckpointError(
+            f"{found[0]} is damaged, and the run has no earlier checkpoint: delete {folder} to train again from "
+            "the start, or restore the file."
+        )
+    return None
+
+
+def _trainer(recipe: Composed, run: Run, logger: Any) -> Any:
+    steps = recipe.values["trainer"].get("max_steps", -1)
+    callbacks = [*common.callbacks(recipe), _checkpoints(run, recipe.values["checkpoint_every"])]
+    if recipe.values["trainer"].get("enable_progress_bar", True):
+        callbacks.append(common.progress_bar(steps))
+    return common.trainer(recipe, run, callbacks=callbacks, logger=logger)
+
+
+def _checkpoints(run: Run, every: int) -> ModelCheckpoint:
+    """Return the callback that keeps the two newest checkpoints; last.ckpt points to the newer."""
+    return ModelCheckpoint(
+        dirpath=run.folder / "checkpoints",
+        filename="{step:08d}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        save_last="link",
+        every_n_train_steps=every,
+    )
+
+
+def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, again: str) -> None:
+    """Fit, and turn Lightning's quiet exit on Ctrl-C (or a scheduler's SIGTERM) into KeyboardInterrupt."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:
+        raise KeyboardInterrupt(again) from error
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    if trainer.interrupted:
+        raise KeyboardInterrupt(again)
