@@ -1,0 +1,37 @@
+"""How different samples are from each other, and how far from data.
+
+Pairwise distance alone can be met by noise: always show a distance to data beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steerfm.metrics.points import as_vectors, same_dimension
+
+
+def mean_pairwise_distance(x: Tensor, *, chunk: int = 1024) -> float:
+    """Return the mean Euclidean distance over all pairs of different rows of x (N, *dim), N of at least 2.
+
+    Exact, in float64, `chunk` rows at a time; no row is compared with itself, so that the figure does not depend
+    on N but for its sampling error (about one part in √N).
+    """
+    vectors = as_vectors(x, least=2, name="A mean pairwise distance")
+    total = sum(float(_distances(rows, vectors).sum()) for rows in vectors.split(chunk))
+    return total / (len(vectors) * (len(vectors) - 1))
+
+
+def nearest_distance(x: Tensor, data: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Return the Euclidean distance of each row of x (N, *dim) to the nearest row of data (M, *dim); float64 (N,).
+
+    It falls as M grows: compare figures against one data set only. Zero means a copy of the data.
+    """
+    vectors, known = as_vectors(x, name="A nearest distance"), as_vectors(data, name="A nearest distance's data")
+    same_dimension(vectors, known)
+    return torch.cat([_distances(rows, known).amin(1) for rows in vectors.split(chunk)])
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return all distances (N, M) without the cancellation that the matrix-product formula has near zero."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
