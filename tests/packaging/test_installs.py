@@ -85,6 +85,13 @@ def test_the_installed_command_lists_the_recipes(installed: Environment, tmp_pat
     assert [name for name in sorted(recipe_names()) if name not in listed] == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_installed_command_runs_the_demo(installed: Environment, tmp_path: Path):
+    installed.run("steerfm", "demo", at=tmp_path, timeout=840)
+    assert list(tmp_path.glob("runs/**/*.html"))
+
+
 def test_the_editable_install_follows_the_checkout(make_environment: Callable[..., Environment], tmp_path: Path):
     source = copy_checkout(tmp_path / "checkout")
     environment = make_environment("--editable", source)
