@@ -18,7 +18,13 @@ def mean_pairwise_distance(x: Tensor, *, chunk: int = 1024) -> float:
     on N but for its sampling error (about one part in √N).
     """
     vectors = as_vectors(x, least=2, name="A mean pairwise distance")
-    total = sum(float(_distances(rows, vectors).sum()) for rows in vectors.split(chunk))
+    vectors = vectors - vectors.mean(0)  # so that the matrix-product formula loses nothing to cancellation
+    total = 0.0
+    for start in range(0, len(vectors), chunk):
+        rows = vectors[start : start + chunk]
+        distances = torch.cdist(rows, vectors, compute_mode="use_mm_for_euclid_dist")
+        distances.diagonal(start).zero_()
+        total += float(distances.sum())
     return total / (len(vectors) * (len(vectors) - 1))
 
 
@@ -29,9 +35,6 @@ def nearest_distance(x: Tensor, data: Tensor, *, chunk: int = 1024) -> Tensor:
     """
     vectors, known = as_vectors(x, name="A nearest distance"), as_vectors(data, name="A nearest distance's data")
     same_dimension(vectors, known)
-    return torch.cat([_distances(rows, known).amin(1) for rows in vectors.split(chunk)])
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return all distances (N, M) without the cancellation that the matrix-product formula has near zero."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    # the matrix-product formula would give a copy a distance of about 1e-8, not zero
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(rows, known, compute_mode=exact).amin(1) for rows in vectors.split(chunk)])
