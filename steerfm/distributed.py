@@ -1,0 +1,94 @@
+"""Several processes: gather, statistics of groups, resampling. Plain functions that do nothing on one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from steerfm.types import Values
+
+
+def world() -> tuple[int, int]:
+    """Return (rank, number of processes); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(values: Tensor) -> Tensor:
+    """Return the rows of all processes, in rank order; processes may hold different numbers of rows.
+
+    No gradient flows through it. Every process must call it, with the same trailing shape and type.
+    """
+    _, count = world()
+    if count == 1:
+        return values
+    sizes = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
+    longest = int(max(sizes))
+    padded = values.new_zeros((longest, *values.shape[1:]))
+    padded[: len(values)] = values.detach()
+    rows = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(rows, padded)
+    return torch.cat([row[: int(size)] for row, size in zip(rows, sizes, strict=True)])
+
+
+def mean_and_std(values: Values) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation over the values of all processes, in float64."""
+    everything = gather(values).double()
+    return everything.mean(), everything.std(unbiased=False)
+
+
+def group_statistics(values: Values, group_size: int) -> tuple[Values, Values]:
+    """Return each row's group mean and standard deviation, (B,); a group is `group_size` neighbouring rows.
+
+    Groups count over the rows of all processes in rank order, so a group may span two processes.
+    """
+    rank, _ = world()
+    groups = gather(values).double().reshape(-1, group_size)
+    counts = gather(torch.tensor([len(values)], device=values.device))
+    start = int(counts[:rank].sum())
+    mean = groups.mean(1).repeat_interleave(group_size)[start : start + len(values)]
+    std = groups.std(1, unbiased=False).repeat_interleave(group_size)[start : start + len(values)]
+    return mean.to(values), std.to(values)
+
+
+def shard(items: list, rank: int | None = None, count: int | None = None) -> list:
+    """Return this process's contiguous share of `items`; shares differ by at most one."""
+    if rank is None or count is None:
+        rank, count = world()
+    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """Return 1 / sum of squared normalised weights, in particles; (..., P) -> (...)."""
+    return torch.exp(-torch.logsumexp(2 * log_weights.log_softmax(-1), -1))
+
+
+def systematic_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the ancestor of each particle by systematic resampling; (B, P), (B,) -> (B, P) long.
+
+    One uniform number a population; computed in float64, so that every process finds the same ancestors.
+    Reference: Douc, Cappe, Moulines 2005, arXiv cs/0507025, section 2.4.
+    """
+    weights = log_weights.double().softmax(-1)
+    count = weights.shape[-1]
+    places = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform.to(weights)[:, None]) / count
+    edges = weights.cumsum(-1)
+    edges = edges / edges[:, -1:]
+    return torch.searchsorted(edges, places, right=True).clamp_max(count - 1)
+
+
+def resample_across(states: Tensor, log_weights: Values, uniform: float) -> Tensor:
+    """Resample one population that is split over the processes; return this process's new rows of `states`.
+
+    states: (p, *dim), log_weights: (p,), this process's particles in slot order. The states are exchanged by
+    gathering; weights are equal afterwards.
+    """
+    rank, count = world()
+    everything = gather(states)
+    ancestors = systematic_ancestors(gather(log_weights)[None], torch.tensor([uniform], dtype=torch.float64))[0]
+    slots = gather(torch.tensor([len(states)], device=states.device)) if count > 1 else torch.tensor([len(states)])
+    start = int(slots[:rank].sum())
+    return everything[ancestors[start : start + len(states)]]
