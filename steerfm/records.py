@@ -167,7 +167,13 @@ def _checked_row(row: Any, place: int) -> dict[str, Any]:
     if not isinstance(row, dict) or "prompt" not in row or "seed" not in row:
         raise TypeError("not a sample with a prompt and a seed")
     defaults = {"index": place, "reward": None, "parts": {}, "held_out": {}, "cost": {}, "image": None}
-    return {**defaults, **{key: value for key, value in row.items() if value is not None}}
+    whole = {**defaults, **{key: value for key, value in row.items() if value is not None}}
+    numbers = [whole["index"], whole["seed"], whole["reward"]]
+    for group in ("parts", "held_out", "cost"):
+        numbers += list(whole[group].values()) if isinstance(whole[group], dict) else [group]
+    if not isinstance(whole["prompt"], str) or not all(isinstance(n, (int, float, type(None))) for n in numbers):
+        raise TypeError("the prompt is no text, or a value is no number")
+    return whole
 
 
 def _check_length(name: str, values: Tensor, expected: int) -> None:

@@ -1,0 +1,203 @@
+"""Compare runs by what their folders hold: reward, held-out reward, diversity, distance to data, and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerfm.errors import RunError, nearest
+from steerfm.report.estimates import Estimate, estimate
+from steerfm.report.rows import SMALLEST_EQUAL, Geometry, Row, flat, reference_row, run_row
+from steerfm.report.sources import COSTS, Source, load, load_all, same_tensor
+from steerfm.report.warn import warnings_about
+
+SUBSET_KEYS = ("label", "run", "where", "above")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hold the mean difference of a figure, run minus the first run, over the (prompt, seed) pairs both have."""
+
+    label: str
+    against: str
+    metric: str
+    difference: Estimate
+
+    @property
+    def within_noise(self) -> bool:
+        """Say whether the 95% interval of the difference covers zero."""
+        return self.difference.covers_zero
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hold what was found: a row each, differences to the first run, and what makes the rows hard to compare.
+
+    `x` is the cost that the plots put on their horizontal axis. `equal_samples` is the number of samples at which
+    every row's `frechet_equal` is taken, or None where all have the same number.
+    """
+
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    warnings: tuple[str, ...]
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    sources: tuple[Source, ...]
+    x: str = "network_calls"
+    subsets: tuple[dict[str, Any], ...] = ()
+    equal_samples: int | None = None
+    root: str = "runs"
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary of plain values a row, with the same keys for all."""
+        return [flat(row, list(self.held_out)) for row in self.rows]
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    subsets: Sequence[Mapping[str, Any]] = (),
+    x: str = "network_calls",
+    root: str | Path = "runs",
+) -> Comparison:
+    """Compare finished runs, given by folder or by name below `root`; the first is what the others are held against.
+
+    Each subset {"label", "run", "where", "above"} adds a row of the samples of a run whose value "reward",
+    "held_out.NAME" or "parts.NAME" lies above a number. Reference data add a row too. x: the cost that the plots
+    use. Raises RunError for a run that is missing, unfinished, damaged or without samples, and for an unknown x
+    or subset.
+    """
+    if x not in COSTS:
+        raise RunError(f"Unknown cost '{x}' for x{nearest(x, COSTS)} The costs are: {', '.join(COSTS)}.")
+    sources = load_all(runs, root)
+    geometries = _geometries(sources)
+    warnings = warnings_about(sources)
+    parts = [_Part(source, geometry) for source, geometry in zip(sources, geometries, strict=True)]
+    for subset in subsets:
+        part = _subset(subset, parts[: len(sources)], root)
+        if part.mask is not None and part.mask.any():
+            parts.append(part)
+        else:
+            warnings.append(f"No sample of '{part.source.label}' has {subset['where']} above {subset['above']}.")
+    rows, equal = _rows(parts)
+    return Comparison(
+        rows=(*rows, *_reference_rows(sources, geometries)),
+        pairs=tuple(_pairs(sources)),
+        warnings=tuple(warnings),
+        prompts=tuple(dict.fromkeys(prompt for source in sources for prompt, _ in source.pairs)),
+        held_out=tuple(dict.fromkeys(name for source in sources for name in source.names("held_out"))),
+        sources=tuple(sources),
+        x=x,
+        subsets=tuple(dict(subset) for subset in subsets),
+        equal_samples=equal,
+        root=str(root),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Hold what a row is made of: a run, or those of its samples that a mask (N,) picks, and its reference data."""
+
+    source: Source
+    geometry: Geometry
+    mask: np.ndarray | None = None
+    label: str = ""
+
+    @property
+    def x0(self) -> Tensor | None:
+        x0 = self.source.x0
+        return x0 if x0 is None or self.mask is None else x0[torch.from_numpy(self.mask)]
+
+
+def _rows(parts: Sequence[_Part]) -> tuple[list[Row], int | None]:
+    """Return a row for each part, and the number of samples at which all were measured alike."""
+    rows = [run_row(part.source, part.geometry, part.mask, part.label) for part in parts]
+    equal = _equal_samples(rows)
+    alike = [part.geometry.frechet_equal(part.x0, equal) for part in parts]
+    return [dataclasses.replace(row, frechet_equal=found) for row, found in zip(rows, alike, strict=True)], equal
+
+
+def _geometries(sources: Sequence[Source]) -> list[Geometry]:
+    """Return the geometry of each run's reference data, made once for those that share it."""
+    made: list[tuple[Source, Geometry]] = []
+    for source in sources:
+        known = [geometry for other, geometry in made if same_tensor(source.reference, other.reference)]
+        made.append((source, known[0] if known else Geometry(source.reference)))
+    return [geometry for _, geometry in made]
+
+
+def _reference_rows(sources: Sequence[Source], geometries: Sequence[Geometry]) -> list[Row]:
+    """Return a row for each different reference set."""
+    distinct = {id(g): (s, g) for s, g in zip(reversed(sources), reversed(geometries), strict=True)}
+    found = [(s, g) for s, g in reversed(distinct.values()) if s.reference is not None]
+    return [
+        reference_row(g, s.reference, "real data" if len(found) == 1 else f"real data of {s.label}", str(s.folder))
+        for s, g in found
+        if s.reference is not None
+    ]
+
+
+def _subset(subset: Mapping[str, Any], parts: Sequence[_Part], root: str | Path) -> _Part:
+    """Return the part that a subset stands for, of one of the compared runs (by label, name or folder) or another."""
+    missing = [key for key in SUBSET_KEYS if key not in subset]
+    unknown = [key for key in subset if key not in SUBSET_KEYS]
+    if missing or unknown:
+        wrong = f"lacks '{missing[0]}'" if missing else f"has an unknown '{unknown[0]}'"
+        raise RunError(f"A subset {wrong}: it needs {', '.join(SUBSET_KEYS)}, got {', '.join(map(str, subset))}.")
+    wanted = str(subset["run"])
+    known = [p for p in parts if wanted in (p.source.label, p.source.info.name, p.source.info.label)]
+    known += [p for p in parts if Path(wanted) == p.source.folder]
+    if known:
+        source, geometry = known[0].source, known[0].geometry
+    else:
+        source = load(wanted, root)
+        geometry = Geometry(source.reference)
+    return _Part(source, geometry, _subset_mask(subset, source), str(subset["label"]))
+
+
+def _subset_mask(subset: Mapping[str, Any], source: Source) -> np.ndarray:
+    """Return which samples (N,) of the run the subset is made of."""
+    where = str(subset["where"])
+    source.check_where(where)
+    try:
+        return source.values(where) > float(subset["above"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"A subset's 'above' needs a number, got {subset['above']!r}.") from error
+
+
+def _equal_samples(rows: Sequence[Row]) -> int | None:
+    """Return the smallest number of samples among the rows that have a Fréchet distance, if they differ."""
+    counts = {row.samples for row in rows if row.frechet is not None}
+    return min(counts) if len(counts) > 1 and min(counts) >= SMALLEST_EQUAL else None
+
+
+def _pairs(sources: Sequence[Source]) -> list[Pair]:
+    """Return how every run differs from the first, on the (prompt, seed) pairs that both have once."""
+    if not sources:
+        return []
+    first, found = sources[0], []
+    for source in sources[1:]:
+        here, there = _places(source), _places(first)
+        common = [pair for pair in here if pair in there]
+        held_out = [f"held_out.{name}" for name in source.names("held_out") if name in first.names("held_out")]
+        for metric in ["reward", *held_out]:
+            mine = source.values(metric)[[here[pair] for pair in common]]
+            theirs = first.values(metric)[[there[pair] for pair in common]]
+            difference = estimate(mine - theirs)
+            if difference is not None:
+                found.append(Pair(source.label, first.label, metric, difference))
+    return found
+
+
+def _places(source: Source) -> dict[tuple[str, int], int]:
+    """Return where each (prompt, seed) pair that occurs once stands among the samples."""
+    counts = Counter(source.pairs)
+    return {pair: i for i, pair in enumerate(source.pairs) if counts[pair] == 1}

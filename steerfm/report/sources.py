@@ -1,0 +1,174 @@
+"""The runs that are compared, as their folders hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from steerfm.errors import RunError, nearest
+from steerfm.records import StoredSamples
+from steerfm.runs import Run, RunInfo
+
+COSTS = ("network_calls", "reward_calls", "reward_gradients", "seconds")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Hold one finished run that is compared: what it says of itself, its samples and its reference data.
+
+    x0 (N, *dim) and reference (M, *dim) are in model space; pixels are clamped to [-1, 1], as the scored pictures
+    were. Either is None where the run has none. `temperature` and `tuning_seconds` may come from the runs it reads.
+    """
+
+    label: str
+    folder: Path
+    info: RunInfo
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    samples: StoredSamples
+    x0: Tensor | None
+    reference: Tensor | None
+    temperature: float | None
+    tuning_seconds: float | None
+
+    @property
+    def note(self) -> str:
+        """Return what the run says its reader must know, such as a temperature that is nominal."""
+        return self.info.note or str(self.metrics.get("note") or "")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the samples' lines."""
+        return self.samples.rows
+
+    @property
+    def pairs(self) -> list[tuple[str, int]]:
+        """Return the (prompt, seed) pair of every sample."""
+        return [(row["prompt"], row["seed"]) for row in self.rows]
+
+    def names(self, group: str) -> list[str]:
+        """Return the names in a group of values ("held_out" or "parts"), in order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row[group]))
+
+    def values(self, where: str) -> np.ndarray:
+        """Return a value of every sample, NaN where it has none: "reward", "held_out.NAME" or "parts.NAME"."""
+        group, _, name = where.partition(".")
+        found = [row.get("reward") if where == "reward" else row[group].get(name) for row in self.rows]
+        return np.array([math.nan if value is None else float(value) for value in found])
+
+    def check_where(self, where: str) -> None:
+        """Raise RunError unless the samples have such a value."""
+        known = ["reward", *(f"{group}.{name}" for group in ("held_out", "parts") for name in self.names(group))]
+        if where not in known:
+            raise RunError(
+                f"The samples of '{self.label}' have no '{where}'{nearest(where, known)} They have: {', '.join(known)}."
+            )
+
+
+def load(path: str | Path, root: str | Path = "runs") -> Source:
+    """Read a run to be compared; RunError if it is not finished, holds no samples, or is damaged."""
+    run = Run.open(path, root)
+    _refuse_unfinished(run)
+    samples = run.read_samples()
+    x0 = samples.x0
+    if x0 is not None and _holds_pixels(samples, x0):
+        x0 = x0.clamp(-1, 1)
+    return Source(
+        label=run.info.label,
+        folder=run.folder,
+        info=run.info,
+        config=run.config,
+        metrics=run.read_metrics(),
+        samples=samples,
+        x0=x0,
+        reference=run.read_reference(),
+        temperature=_temperature(run, root),
+        tuning_seconds=_tuning_seconds(run, root),
+    )
+
+
+def load_all(paths: Sequence[str | Path], root: str | Path = "runs") -> list[Source]:
+    """Read the runs, with labels made different where they are the same."""
+    if not paths:
+        raise RunError("Nothing to compare: name at least one run, such as 'runs=[base,steered]'.")
+    sources = [load(path, root) for path in paths]
+    labels = [source.label for source in sources]
+    return [
+        source
+        if labels.count(source.label) == 1
+        else dataclasses.replace(source, label=f"{source.label} ({source.info.name})")
+        for source in sources
+    ]
+
+
+def _refuse_unfinished(run: Run) -> None:
+    if run.info.status == "finished":
+        return
+    if run.in_use_by:
+        raise RunError(f"The run '{run.info.name}' is still running ({run.in_use_by}): wait for it, or leave it out.")
+    state = f"failed ({run.info.error.rstrip('.')})" if run.info.status == "failed" else "was stopped before its end"
+    raise RunError(f"The run '{run.info.name}' {state}: run its command again, which resumes it, or leave it out.")
+
+
+def _holds_pixels(samples: StoredSamples, x0: Tensor) -> bool:
+    """Say whether x0 is the picture itself, of the same height and width, and not a latent."""
+    picture = samples.picture(0) if len(samples) else None
+    if picture is None or x0.ndim != 4 or x0.shape[1] not in (1, 3):
+        return False
+    with Image.open(picture) as image:
+        return image.size == (x0.shape[3], x0.shape[2])
+
+
+def _chain(run: Run, root: str | Path, depth: int = 8) -> list[Run]:
+    """Return the run and the runs it was made from that are still there, nearest first."""
+    found = [run]
+    for path in run.info.inputs if depth else ():
+        try:
+            found += _chain(Run.open(path, root), root, depth - 1)
+        except RunError:
+            continue  # an input may be a map or a file, or may have been deleted since
+    return found
+
+
+def _temperature(run: Run, root: str | Path) -> float | None:
+    """Return the temperature that the run, or else a run it was made from, says it used."""
+    for candidate in _chain(run, root):
+        for place in (candidate.read_metrics(), candidate.config):
+            found = _find_number(place, "temperature")
+            if found is not None:
+                return found
+    return None
+
+
+def _tuning_seconds(run: Run, root: str | Path) -> float | None:
+    """Return how long the fine-tuning behind the run took altogether, or None if there was none."""
+    tuning = {c.folder.resolve(): c.info.seconds for c in _chain(run, root) if c.info.command == "finetune"}
+    return sum(tuning.values()) if tuning else None
+
+
+def _find_number(config: Any, key: str) -> float | None:
+    """Return the number under `key` that stands highest in nested dictionaries, or None."""
+    level = [config]
+    while level:
+        for place in level:
+            value = place.get(key) if isinstance(place, dict) else None
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return float(value)
+        level = [item for place in level if isinstance(place, dict) for item in place.values()]
+    return None
+
+
+def same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two sets of reference data are one."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b)
