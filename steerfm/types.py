@@ -86,7 +86,8 @@ class Samples:
     """Hold what a sampler or steering method returns for B (prompt, seed) pairs.
 
     x0: (B, *dim) in model space. images: (B, C, H, W) in [0, 1], or (B, d) for points. rewards: (B,), with
-    `parts` the unweighted values by name. For populations of P particles: log_weights (B, P), normalised;
+    `parts` the unweighted values by name and `held_out` those of rewards that nothing optimised.
+    rewards_unclamped: (B,), of the pictures before clamping to [0, 1], where any pixel was clamped. For populations of P particles: log_weights (B, P), normalised;
     effective_sample_size (B,), in particles; particles (B, P, *dim). `trace` holds one tensor a step by name.
     `note` says what the reader must know of the result, such as a temperature that is nominal.
     """
@@ -98,6 +99,8 @@ class Samples:
     cost: Cost
     rewards: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    held_out: dict[str, Tensor] = field(default_factory=dict)
+    rewards_unclamped: Tensor | None = None
     log_weights: Tensor | None = None
     effective_sample_size: Tensor | None = None
     particles: Tensor | None = None

@@ -1,0 +1,105 @@
+"""Reward fine-tuning and steering of flow maps.
+
+Names are loaded when they are first used, so that importing steerfm imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerfm.analytic import GaussianMixture, QuadraticReward, analytic_flow_map
+    from steerfm.building import remembered
+    from steerfm.callbacks import EMA, LossByInterval, SampleGrid
+    from steerfm.conditions import Labels
+    from steerfm.data import Digits, Points, Prompts, PromptSeeds
+    from steerfm.finetuning import DirectBackprop
+    from steerfm.flow_map import FlowMap
+    from steerfm.modules import ClipTraining, FlowMapTraining, RewardFineTuning, SteeredSampling
+    from steerfm.networks import MLP, UNet
+    from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow
+    from steerfm.paths import Linear, Trigonometric, VariancePreserving
+    from steerfm.report import compare
+    from steerfm.reward import Reward, Scores, as_reward
+    from steerfm.sampling import Unsteered
+    from steerfm.steering import BestOfN, FlowMapTilting, LookAheadGuidance
+    from steerfm.times import LogitNormal, Triangle
+    from steerfm.types import Condition, Cost, Samples
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "steerfm.analytic": ("GaussianMixture", "QuadraticReward", "analytic_flow_map"),
+    "steerfm.building": ("remembered",),
+    "steerfm.callbacks": ("EMA", "LossByInterval", "SampleGrid"),
+    "steerfm.conditions": ("Labels",),
+    "steerfm.data": ("Digits", "Points", "Prompts", "PromptSeeds"),
+    "steerfm.finetuning": ("DirectBackprop",),
+    "steerfm.flow_map": ("FlowMap",),
+    "steerfm.modules": ("ClipTraining", "FlowMapTraining", "RewardFineTuning", "SteeredSampling"),
+    "steerfm.networks": ("MLP", "UNet"),
+    "steerfm.objectives": ("Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow"),
+    "steerfm.paths": ("Linear", "Trigonometric", "VariancePreserving"),
+    "steerfm.report": ("compare",),
+    "steerfm.reward": ("Reward", "Scores", "as_reward"),
+    "steerfm.sampling": ("Unsteered",),
+    "steerfm.steering": ("BestOfN", "FlowMapTilting", "LookAheadGuidance"),
+    "steerfm.times": ("LogitNormal", "Triangle"),
+    "steerfm.types": ("Condition", "Cost", "Samples"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "EMA",
+    "MLP",
+    "Adaptive",
+    "BestOfN",
+    "ClipTraining",
+    "Compositional",
+    "Condition",
+    "Cost",
+    "Digits",
+    "DirectBackprop",
+    "FlowMap",
+    "FlowMapTilting",
+    "FlowMapTraining",
+    "FlowMatching",
+    "GaussianMixture",
+    "Labels",
+    "Lagrangian",
+    "Linear",
+    "LogitNormal",
+    "LookAheadGuidance",
+    "LossByInterval",
+    "MeanFlow",
+    "Points",
+    "PromptSeeds",
+    "Prompts",
+    "QuadraticReward",
+    "Reward",
+    "RewardFineTuning",
+    "SampleGrid",
+    "Samples",
+    "Scores",
+    "SteeredSampling",
+    "Triangle",
+    "Trigonometric",
+    "UNet",
+    "Unsteered",
+    "VariancePreserving",
+    "analytic_flow_map",
+    "as_reward",
+    "compare",
+    "remembered",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'steerfm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,93 @@
+"""An exponential moving average of the trainable parameters; the raw weights stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from steerfm.errors import ConfigError
+
+
+class EMA(Callback):
+    """Average the trainable parameters after every optimiser step, and validate with the average.
+
+    decay: of the average, in [0, 1); it warms up as (1 + n) / (10 + n) after n steps. Checkpoints hold both:
+    the raw weights as always, and the average in this callback's state, which FlowMap.load takes by default.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"decay must lie in [0, 1), got {decay}.")
+        self.decay = decay
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+
+    @property
+    def state_key(self) -> str:
+        return "EMA"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.updates = state_dict["average"], state_dict["updates"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainable = dict(_trainable(pl_module))
+        if set(self.average) != set(trainable):
+            self.average = {name: p.detach().clone() for name, p in trainable.items()}
+            self.updates = 0
+        self.average = {name: tensor.to(trainable[name].device) for name, tensor in self.average.items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.updates:  # the batch was accumulated, the weights have not moved
+            return
+        self.updates = trainer.global_step
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        names, parameters = zip(*_trainable(pl_module), strict=True)
+        torch._foreach_lerp_([self.average[name] for name in names], [p.detach() for p in parameters], 1 - decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+        """Put the average in place of the weights inside the block, and the weights back after it."""
+        self._swap(pl_module)
+        try:
+            yield
+        finally:
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        for name, parameter in _trainable(pl_module):
+            if name in self.average:
+                raw = parameter.detach().clone()
+                parameter.copy_(self.average[name])
+                self.average[name].copy_(raw)
+
+
+@contextmanager
+def averaged(pl_module: LightningModule) -> Iterator[str]:
+    """Put the trainer's EMA in place inside the block, if it has one; yield which weights these are."""
+    trainer = getattr(pl_module, "_trainer", None)
+    ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.average), None) if trainer else None
+    if ema is None:
+        yield "raw"
+        return
+    with ema.applied(pl_module):
+        yield "ema"
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)

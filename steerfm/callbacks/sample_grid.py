@@ -1,0 +1,83 @@
+"""Pictures of the map as it learns: fixed seeds at 1, 2, 4 and 8 jumps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from steerfm import images
+from steerfm.callbacks.ema import averaged
+from steerfm.flow_map import FlowMap
+from steerfm.sampling import Unsteered
+
+
+class SampleGrid(Callback):
+    """Write a grid of samples every `every` steps and at the end: a row a number of jumps, a column a seed.
+
+    Files go to pictures/ in the trainer's default_root_dir, and to W&B where the run logs there. Points are
+    drawn as a histogram on [-limit, limit]^2. prompts: one for all seeds, or one a seed.
+    """
+
+    def __init__(
+        self,
+        every: int = 1000,
+        jumps: Sequence[int] = (1, 2, 4, 8),
+        columns: int = 10,
+        prompts: Sequence[str] = ("",),
+        limit: float = 1.25,
+        scale: int = 4,
+    ) -> None:
+        self.every = every
+        self.jumps = list(jumps)
+        self.columns = columns
+        self.prompts = list(prompts)
+        self.limit = limit
+        self.scale = scale
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        flow_map = pl_module.flow_map
+        assert isinstance(flow_map, FlowMap)
+        with averaged(pl_module):
+            sheet = self.sheet(flow_map)
+        step = trainer.global_step
+        images.save_png(sheet, Path(trainer.default_root_dir) / "pictures" / f"step_{step:07d}.png", self.scale)
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "WandbLogger":
+                import wandb
+
+                pixels = np.ascontiguousarray(images.to_uint8(sheet[None])[0])
+                logger.experiment.log({"samples": wandb.Image(pixels), "trainer/global_step": step})
+
+    def sheet(self, flow_map: FlowMap) -> Tensor:
+        """Return the grid as one picture (C, H, W) in [0, 1]."""
+        points = len(flow_map.data_shape) == 1
+        count = 4096 if points else self.columns
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        rows = []
+        for jumps in self.jumps:
+            samples = Unsteered("jumps", jumps)(flow_map, prompts=prompts, seeds=range(count))
+            pictures = histogram(samples.x0, self.limit)[None] if points else samples.images
+            rows.append(pictures.cpu().float())
+        return images.grid(torch.cat(rows), columns=len(rows) if points else self.columns)
+
+
+def histogram(points: Tensor, limit: float, bins: int = 64) -> Tensor:
+    """Return a picture (1, bins, bins) of where (N, 2) points lie on [-limit, limit]^2; white is dense."""
+    edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
+    counts = torch.histogramdd(points.double().cpu(), bins=[edges, edges]).hist
+    return (counts / counts.max().clamp_min(1)).sqrt().T.flip(0)[None]

@@ -1,0 +1,64 @@
+"""What the Lightning modules share: optimisers from partials, noise by step, a guard against NaN, frozen guests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steerfm.distributed import world
+from steerfm.errors import ConfigError, TrainingError
+from steerfm.types import Values
+
+
+def configure(
+    parameters: Iterable[nn.Parameter], optimizer: Callable[..., Optimizer], scheduler: Callable[..., Any] | None
+) -> Any:
+    """Return what configure_optimizers returns: the optimiser of the trainable parameters, its schedule by step."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise ConfigError("Nothing can be trained: no parameter of the flow map takes a gradient.")
+    built = optimizer(trainable)
+    if scheduler is None:
+        return built
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def step_generator(module: lightning.LightningModule, seed: int) -> torch.Generator:
+    """Return the generator of this step's noise, a function of (seed, batch number, process) alone.
+
+    The batch number counts accumulated batches too, so that no two of them share noise and a resumed run draws
+    what it would have drawn.
+    """
+    rank, count = world()
+    trainer = module.trainer
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx
+    number = (max(batches, 0) * count + rank) * 1_000_003 + seed
+    return torch.Generator().manual_seed(number)
+
+
+def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -> None:
+    """Raise TrainingError, naming the loss and the interval, where a loss is not finite."""
+    bad = ~torch.isfinite(losses.detach())
+    if bad.any():
+        i = int(bad.nonzero()[0, 0])
+        raise TrainingError(
+            f"The loss '{name}' is {float(losses[i])} at step {step} for the interval s = {float(s[i]):.4f}, "
+            f"t = {float(t[i]):.4f} ({int(bad.sum())} of {len(losses)} samples): lower the learning rate, clip "
+            "gradients (trainer.gradient_clip_val=1), or look at the data."
+        )
+
+
+class Guest:
+    """Hold a frozen module outside the module tree: not saved, not optimised, yet moved to the device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval().requires_grad_(False)
+
+    def on(self, device: torch.device) -> Any:
+        """Return the module, moved to `device`."""
+        return self.module.to(device)

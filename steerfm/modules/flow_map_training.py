@@ -1,0 +1,121 @@
+"""Train a flow map: flow matching on the diagonal, a consistency rule off it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from steerfm.callbacks.ema import averaged
+from steerfm.errors import ConfigError
+from steerfm.flow_map import FlowMap
+from steerfm.modules.common import configure, require_finite, step_generator
+from steerfm.objectives import Lagrangian, Uniform
+from steerfm.objectives.flow_matching import flow_matching
+from steerfm.saving import describe_flow_map
+from steerfm.times import TimeLaw, Triangle
+from steerfm.types import Condition, Values
+
+Objective = Callable[..., Values]
+
+
+class FlowMapTraining(lightning.LightningModule):
+    """Learn a flow map from data, on batches {"x0": (B, *dim), "prompt": list of str}.
+
+    objective: called as objective(flow_map, x0, x1, s, t, condition, generator) -> (B,), on the rows off the
+    diagonal; rows with s = t learn the velocity by flow matching. times: the law of (s, t). weighting:
+    (losses, s, t) -> (B,). flow_matching_steps: at first all rows are on the diagonal, for so many steps.
+    prompt_dropout: share of prompts replaced by the null condition, so that the map also samples freely.
+    optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
+    in training, which depends on (seed, step, process) alone.
+    """
+
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        objective: Objective | None = None,
+        times: TimeLaw | None = None,
+        weighting: Callable[[Values, Tensor, Tensor], Values] | None = None,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        flow_matching_steps: int = 0,
+        prompt_dropout: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= prompt_dropout <= 1:
+            raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
+        self.flow_map = flow_map
+        self.objective = objective or Lagrangian()
+        self.times = times or Triangle()
+        self.weighting = weighting or Uniform()
+        self.optimizer = optimizer or partial(AdamW, lr=3e-4)
+        self.scheduler = scheduler
+        self.flow_matching_steps = flow_matching_steps
+        self.prompt_dropout = prompt_dropout
+        self.seed = seed
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        generator = step_generator(self, self.seed)
+        losses, s, t = self.losses(batch, generator, self.global_step < self.flow_matching_steps)
+        loss = (self.weighting(losses, s, t) * losses).mean()
+        self.log("loss", loss, prog_bar=True)
+        return {"loss": loss, "losses": losses.detach(), "s": s, "t": t}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with torch.enable_grad():  # finite where training is; forward mode does not mind
+            losses, s, t = self.losses(batch, torch.Generator().manual_seed(self.seed), False)
+        diagonal = s == t
+        for name, rows in (("flow_matching", losses[diagonal]), ("consistency", losses[~diagonal])):
+            if len(rows):
+                self.log(f"validation/{name}", rows.detach().mean(), batch_size=len(rows), sync_dist=True)
+
+    def losses(
+        self, batch: dict[str, Any], generator: torch.Generator, diagonal_only: bool
+    ) -> tuple[Values, Tensor, Tensor]:
+        """Return the unweighted loss of each row and its times; raises TrainingError where one is not finite."""
+        x0 = batch["x0"]
+        x1 = torch.randn(x0.shape, generator=generator).to(x0)
+        s, t = (times.to(x0) for times in self.times(len(x0), generator))
+        rows = len(x0) if diagonal_only else self.times.diagonal_rows(len(x0))
+        if diagonal_only:
+            t = s = torch.rand(len(x0), generator=generator).to(x0)
+        condition = self._condition(batch["prompt"], generator)
+        on = flow_matching(self.flow_map, x0[:rows], x1[:rows], s[:rows], _rows(condition, slice(rows)))
+        require_finite(on, "flow_matching", self.global_step, s[:rows], t[:rows])
+        if rows == len(x0):
+            return on, s, t
+        off = slice(rows, None)
+        rule = self.objective(self.flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off), generator)
+        require_finite(rule, type(self.objective).__name__, self.global_step, s[off], t[off])
+        return torch.cat([on, rule]), s, t
+
+    def _condition(self, prompts: list[str], generator: torch.Generator) -> Condition | None:
+        condition = self.flow_map.encode_prompts(prompts)
+        if condition is None or self.prompt_dropout == 0:
+            return condition
+        keep = torch.rand(len(prompts), generator=generator) >= self.prompt_dropout
+        null = self.flow_map.conditioner.null(len(prompts)).to(self.device)  # type: ignore[union-attr,operator]
+        return condition.where(keep, null)
+
+    def configure_optimizers(self) -> Any:
+        return configure(self.flow_map.parameters(), self.optimizer, self.scheduler)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["flow_map"] = describe_flow_map(self.flow_map)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the flow map into `folder`, with EMA weights where the trainer averages."""
+        with averaged(self) as weights:
+            self.flow_map.weights = weights
+            return self.flow_map.save(folder)
+
+
+def _rows(condition: Condition | None, rows: slice) -> Condition | None:
+    return None if condition is None else condition.select(rows)
