@@ -33,6 +33,7 @@ SPLIT_FROM = {
     "provenance": "runs",
     "records": "runs",
     "checking": "config",
+    "reward_check": "reward",
 }
 LAYER = {name: number for number, line in enumerate(TABLE.strip().splitlines()) for name in line.split()}
 LAYER |= {name: LAYER[origin] for name, origin in SPLIT_FROM.items()}
