@@ -120,7 +120,8 @@ def _missing(error: ModuleNotFoundError) -> str:
 def _say(sentence: str, code: int) -> int:
     from rich.console import Console
 
-    Console(stderr=True).print(sentence, style="red" if code == FAILED else "yellow", markup=False, highlight=False)
+    style = "red" if code == FAILED else "yellow"
+    Console(stderr=True).print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
     return code
 
 

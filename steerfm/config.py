@@ -6,6 +6,7 @@ Hydra is used here and nowhere else. Only plain dictionaries, lists, numbers and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import inspect
 import itertools
@@ -204,9 +205,14 @@ def instantiate(node: Any, trusted: Sequence[str] = (), **extra: Any) -> Any:
         prepared = {**prepared, "_partial_": True}
     try:
         built = hydra.utils.instantiate(prepared, _convert_="all")
+        built = built(**extra) if extra else built
     except InstantiationException as error:
         raise _plain(error) from error
-    return built(**extra) if extra else built
+    except (TypeError, ValueError, RuntimeError) as error:  # from the call with `extra`, which Hydra does not wrap
+        raise ConfigError(f"{prepared['_target_']} could not be built: {error}") from error
+    if isinstance(built, functools.partial):  # Hydra's own kind checks its policy anew at every call
+        return functools.partial(built.func, *built.args, **built.keywords) if built.keywords else built.func
+    return built
 
 
 def import_from_here() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,9 +104,21 @@ def callbacks(recipe: Composed) -> list[Any]:
     return [callback for callback in (recipe.build("callbacks") or {}).values() if callback is not None]
 
 
-def again(run: Run, command: str) -> str:
-    """Return what to type to continue an interrupted run."""
-    return f"steerfm {command} recipe={run.info.recipe} name={run.info.name} (and the same values)"
+@contextlib.contextmanager
+def interruptible(run: Run) -> Iterator[None]:
+    """Turn Lightning's quiet exit on Ctrl-C (or a scheduler's SIGTERM) into KeyboardInterrupt, inside the block.
+
+    Its text is what to type to continue. Lightning switches Ctrl-C off while it shuts down; that is undone.
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    again = f"steerfm {run.info.command} recipe={run.info.recipe} name={run.info.name} (and the same values)"
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise KeyboardInterrupt(again) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def show_log() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def fit(recipe: Composed) -> Path:
         logger = common.logger(recipe, run)
         trainer = _trainer(recipe, run, logger)
         try:
-            _fit(trainer, module, data, last_good(run), common.again(run, values["command"]))
+            with common.interruptible(run):
+                trainer.fit(module, data, ckpt_path=last_good(run), weights_only=True)
         finally:
             common.close(logger)
         saved = run.folder / values["save_as"]
@@ -95,16 +95,3 @@ def _checkpoints(run: Run, every: int) -> ModelCheckpoint:
         save_last="link",
         every_n_train_steps=every,
     )
-
-
-def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, again: str) -> None:
-    """Fit, and turn Lightning's quiet exit on Ctrl-C (or a scheduler's SIGTERM) into KeyboardInterrupt."""
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as error:
-        raise KeyboardInterrupt(again) from error
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-    if trainer.interrupted:
-        raise KeyboardInterrupt(again)

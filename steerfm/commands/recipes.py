@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -35,7 +36,7 @@ def _list(library: Library) -> None:
     for heading in ("recipe", "what to type", "what it takes"):
         table.add_column(heading, overflow="fold")
     for recipe in library.recipes():
-        table.add_row(recipe.name, *_first_line(recipe))
+        table.add_row(recipe.name, *(escape(text) for text in _first_line(recipe)))
     console.print(table)
 
 

@@ -1,0 +1,100 @@
+"""Sample a flow map, steered or not, and keep what came out: what `sample` and `steer` share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from steerfm.commands import common
+from steerfm.config import Composed
+from steerfm.distributed import world
+from steerfm.modules import SteeredSampling
+from steerfm.runs import Run
+from steerfm.types import Samples
+
+
+def run(arguments: argparse.Namespace, command: str) -> int:
+    """Sample as the recipe describes (each point of a sweep, in turn); return the exit code."""
+    for recipe in common.each(arguments, command):
+        common.console.print(f"Saved {generate(recipe)}")
+    return 0
+
+
+def generate(recipe: Composed) -> Path:
+    """Sample a composed recipe in its run folder and return the folder.
+
+    Rewards given to a plain sampler only score; held-out rewards never steer. An interrupted run starts its
+    sampling again, with the same seeds and so the same pictures.
+    """
+    with common.start(recipe) as run:
+        flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
+        held_out = list((recipe.build("held_out") or {}).values())
+        reference = recipe.build("reference")
+        module = SteeredSampling(flow_map, method, reward, held_out)
+        with common.interruptible(run):
+            batches = _predict(recipe, run, module)
+        _keep(run, batches, reference)
+        run.finish(_means(batches))
+    return run.folder
+
+
+def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
+    """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
+    data = recipe.build("data")
+    callbacks = [common.progress_bar(len(data.predict_dataloader()))]
+    trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
+    batches = trainer.predict(module, data) or []
+    return _from_all_processes([batch for batch in batches if isinstance(batch, Samples)])
+
+
+def _from_all_processes(batches: list[Samples]) -> list[Samples]:
+    """Return the batches of every process, in rank order, which is that of the pairs."""
+    _, count = world()
+    if count == 1:
+        return batches
+    found: list[Any] = [None] * count
+    dist.all_gather_object(found, [_on_cpu(batch) for batch in batches])
+    return [batch for part in found for batch in part]
+
+
+def _on_cpu(batch: Samples) -> Samples:
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors = {name: value.cpu() for name, value in fields.items() if isinstance(value, Tensor)}
+    tables = {
+        name: {key: value.cpu() for key, value in table.items()} for name, table in fields.items() if isinstance(table, dict)
+    }
+    return dataclasses.replace(batch, **tensors, **tables)
+
+
+def _keep(run: Run, batches: Sequence[Samples], reference: Tensor | None) -> None:
+    """Write samples, pictures and reference data into the run folder."""
+    names = dict.fromkeys(name for batch in batches for name in batch.held_out)
+    held_out = {name: torch.cat([batch.held_out[name] for batch in batches]) for name in names}
+    run.write_samples(batches, held_out=held_out, reward_unclamped=_unclamped(batches))
+    if reference is not None:
+        run.write_reference(reference)
+
+
+def _unclamped(batches: Sequence[Samples]) -> Tensor | None:
+    """Return the rewards before clamping, those after it where a batch had nothing to clamp, or None."""
+    if all(batch.rewards_unclamped is None for batch in batches):
+        return None
+    values = [batch.rewards if batch.rewards_unclamped is None else batch.rewards_unclamped for batch in batches]
+    return torch.cat([value for value in values if value is not None])
+
+
+def _means(batches: Sequence[Samples]) -> dict[str, float]:
+    """Return the mean reward and held-out rewards over all samples."""
+    columns: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        rewards = {} if batch.rewards is None else {"reward": batch.rewards}
+        for name, values in {**rewards, **{f"held_out.{key}": value for key, value in batch.held_out.items()}}.items():
+            columns.setdefault(name, []).append(values)
+    return {name: float(torch.cat(values).mean()) for name, values in columns.items()}
