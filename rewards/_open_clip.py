@@ -110,7 +110,7 @@ def resized_shape(shape: tuple[int, int], target: tuple[int, int], mode: str) ->
 
 
 def crop_or_pad(pictures: Tensor, target: tuple[int, int], fill: float) -> Tensor:
-    """Return the middle of the pictures, `target` = (height, width) large, padded with `fill` where they are smaller."""
+    """Return the middle of the pictures, `target` = (height, width) large, padded with `fill` where too small."""
     missing = [max(wanted - had, 0) for wanted, had in zip(target, pictures.shape[-2:], strict=True)]
     if any(missing):
         (high, wide) = missing
@@ -133,10 +133,11 @@ def _source(model: str, weights: str | None) -> tuple[str, str | None]:
     """Return open_clip's (model name, pretrained) for what the user wrote; RewardError if it is not there."""
     import open_clip
 
-    built_in = model.replace("/", "-") in open_clip.list_models()
-    if weights is not None and Path(weights).is_dir():
+    name = model.replace("/", "-")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights is not None and weights not in tags and Path(weights).is_dir():
         return _folder(Path(weights)), None
-    if model.startswith(HUB) or not built_in:
+    if name not in open_clip.list_models():
         if weights is not None and (model.startswith((HUB, FOLDER)) or Path(model).is_dir()):
             raise RewardError(f"'{model}' brings its own weights: leave out weights='{weights}'.")
         if model.startswith(HUB):
@@ -147,7 +148,6 @@ def _source(model: str, weights: str | None) -> tuple[str, str | None]:
             f"No CLIP model '{model}': it is neither a folder here nor a name that open_clip knows"
             f"{nearest(model, open_clip.list_models()) or '; open_clip.list_models() lists them.'}"
         )
-    name, tags = model.replace("/", "-"), open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
     if weights is None:
         raise RewardError(f"'{model}' has no weights: pass weights= a file, a folder or one of {', '.join(tags)}.")
     if weights not in tags and not Path(weights).is_file():

@@ -158,27 +158,8 @@ class WeightedSum(Reward):
         return [part.name for part in parts_of(self)]
 
 
-class Outside:
-    """Hold a module outside the module tree: a reward, reference or teacher of a Lightning module.
-
-    What an `Outside` holds is in no state_dict and no optimiser; `to(device)` moves it when it is used:
-    `reward = self.reward.to(self.device)`.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def to(self, device: torch.device | str) -> Any:
-        """Return the module, on `device`; it stays usable with gradients if moved under inference mode."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        if any(tensor.device != torch.device(device) for tensor in tensors):
-            with torch.inference_mode(False):
-                self.module.to(device)
-        return self.module
-
-
 def freeze(module: nn.Module | nn.Parameter) -> None:
-    """Turn parameter gradients off and evaluation mode on; rewards inside that declare frozen = False stay as they are."""
+    """Turn parameter gradients off and evaluation mode on; leave rewards inside alone that say frozen = False."""
     if isinstance(module, nn.Parameter):
         module.requires_grad_(False)
     elif getattr(module, "frozen", True) is not False:
