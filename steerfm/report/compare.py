@@ -56,6 +56,18 @@ class Comparison:
     equal_samples: int | None = None
     root: str = "runs"
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Return the folders of all runs that were read."""
+        return tuple(
+            dict.fromkeys([*(source.folder for source in self.sources), *(Path(row.run) for row in self.rows)])
+        )
+
+    @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """Return what the reader must know of single rows, by label."""
+        return tuple((row.label, row.note.rstrip(". ")) for row in self.rows if row.note and row.kind != "subset")
+
     def table(self) -> list[dict[str, Any]]:
         """Return a flat dictionary of plain values a row, with the same keys for all."""
         return [flat(row, list(self.held_out)) for row in self.rows]
@@ -174,9 +186,9 @@ def _subset_mask(subset: Mapping[str, Any], source: Source) -> np.ndarray:
 
 
 def _equal_samples(rows: Sequence[Row]) -> int | None:
-    """Return the smallest number of samples among the rows that have a Fréchet distance, if they differ."""
-    counts = {row.samples for row in rows if row.frechet is not None}
-    return min(counts) if len(counts) > 1 and min(counts) >= SMALLEST_EQUAL else None
+    """Return the smallest fair number of samples among the rows that have a Fréchet distance, if they differ."""
+    counts = {row.samples for row in rows if row.frechet is not None and row.samples >= SMALLEST_EQUAL}
+    return min(counts) if len(counts) > 1 else None
 
 
 def _pairs(sources: Sequence[Source]) -> list[Pair]:

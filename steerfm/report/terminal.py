@@ -32,6 +32,8 @@ class ComparisonTable:
         if self.comparison.pairs:
             yield Text(f"Difference to {self.comparison.pairs[0].against}, same prompts and seeds", style="bold")
             yield _differences(self.comparison)
+        for label, note in self.comparison.notes:
+            yield Text(f"{label}: {note}", style="dim")
         for warning in self.comparison.warnings:
             yield Text(f"warning: {warning}", style="yellow")
 
@@ -51,7 +53,8 @@ def markdown(comparison: Comparison) -> str:
         first = Column(f"minus {comparison.pairs[0].against}", "", _nothing, str, numeric=False)
         cells = [[label, *map(difference_text, pairs)] for label, pairs in rows]
         text += "\nDifferences on the same prompts and seeds:\n\n" + _markdown_table([first, *titles], cells)
-    warnings = [f"- Warning: {_escaped(warning)}\n" for warning in comparison.warnings]
+    notes = [f"- {_escaped(label)}: {_escaped(note)}\n" for label, note in comparison.notes]
+    warnings = notes + [f"- Warning: {_escaped(warning)}\n" for warning in comparison.warnings]
     return text + ("\n" if warnings else "") + "".join(warnings)
 
 

@@ -20,7 +20,7 @@ def warnings_about(sources: Sequence[Source]) -> list[str]:
     if len(counts) > 1:
         found.append(
             f"Runs have different numbers of samples ({min(counts)} to {max(counts)}): "
-            "Fréchet distances fall as samples grow, so compare those at equal n."
+            "Fréchet distances fall as samples grow, so compare them at equal n only."
         )
     return found
 
@@ -71,10 +71,9 @@ def _about_two(first: Source, other: Source) -> list[str]:
             f"{both} have different rewards ({', '.join(sorted(here))}; {', '.join(sorted(there))}): "
             "compare their held-out values only."
         )
-    if (
-        other.reference is not None
-        and first.reference is not None
-        and not same_tensor(other.reference, first.reference)
-    ):
+    without = [source.label for source in (other, first) if source.reference is None]
+    if len(without) == 1:
+        found.append(f"'{without[0]}' has no reference data: no Fréchet distance, no share of the data's diversity.")
+    elif not same_tensor(other.reference, first.reference):
         found.append(f"{both} have different reference data: their distances do not compare.")
     return found

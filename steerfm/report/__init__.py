@@ -1,0 +1,23 @@
+"""Compare runs at equal cost, and show what came out: in the terminal, as one HTML page, in W&B."""
+
+from steerfm.report.compare import Comparison, Pair, compare
+from steerfm.report.estimates import Estimate
+from steerfm.report.page import page
+from steerfm.report.rows import Row
+from steerfm.report.terminal import ComparisonTable, markdown, show
+from steerfm.report.wandb import log_comparison
+from steerfm.report.write import write_comparison
+
+__all__ = [
+    "Comparison",
+    "ComparisonTable",
+    "Estimate",
+    "Pair",
+    "Row",
+    "compare",
+    "log_comparison",
+    "markdown",
+    "page",
+    "show",
+    "write_comparison",
+]
