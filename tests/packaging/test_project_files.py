@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import steerfm
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PIN = re.compile(r"[a-z0-9][a-z0-9-]*==[0-9][\w.]*")
@@ -62,6 +64,7 @@ def test_the_build_uses_the_pinned_setuptools():
 
 def test_the_version_is_the_same_everywhere():
     version = PROJECT["project"]["version"]
+    assert steerfm.__version__ == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
