@@ -293,7 +293,7 @@ def find_run(path: str | Path, root: str | Path = "runs") -> Path:
         if (folder / "run.json").is_file():
             return folder
     known = [p.parent.relative_to(root).as_posix() for p in Path(root).rglob("run.json")] if Path(root).is_dir() else []
-    raise RunError(f"No run at {path} or {Path(root) / path}{nearest(str(path), known)}.")
+    raise RunError(f"No run at {path} or {Path(root) / path}{nearest(str(path), known) or '.'}")
 
 
 def set_aside(root: str | Path, name: str) -> Path:

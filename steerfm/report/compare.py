@@ -88,7 +88,7 @@ def compare(
     or subset.
     """
     if x not in COSTS:
-        raise RunError(f"Unknown cost '{x}' for x{nearest(x, COSTS)} The costs are: {', '.join(COSTS)}.")
+        raise RunError(f"Unknown cost '{x}' for x{nearest(x, COSTS) or '.'} The costs are: {', '.join(COSTS)}.")
     sources = load_all(runs, root)
     geometries = _geometries(sources)
     warnings = warnings_about(sources)

@@ -127,6 +127,7 @@ def reference_row(geometry: Geometry, reference: Tensor, label: str, run: str) -
         diversity=spread,
         diversity_ratio=geometry.ratio(spread),
         frechet=halves,
+        note="" if halves is None else "its Fréchet distance is that between two random halves",
     )
 
 

@@ -69,9 +69,8 @@ class Source:
         """Raise RunError unless the samples have such a value."""
         known = ["reward", *(f"{group}.{name}" for group in ("held_out", "parts") for name in self.names(group))]
         if where not in known:
-            raise RunError(
-                f"The samples of '{self.label}' have no '{where}'{nearest(where, known)} They have: {', '.join(known)}."
-            )
+            near = nearest(where, known) or "."
+            raise RunError(f"The samples of '{self.label}' have no '{where}'{near} They have: {', '.join(known)}.")
 
 
 def load(path: str | Path, root: str | Path = "runs") -> Source:
