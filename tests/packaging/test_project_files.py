@@ -1,12 +1,16 @@
 """The lists that are written by hand agree with what they list."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import steerfm
 
@@ -55,6 +59,31 @@ def test_constraints_are_plain_pins():
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
 def test_a_requirement_is_pinned_within_its_bounds(requirement: Requirement):
     assert requirement.specifier.contains(pins()[requirement.name])
+
+
+def imported_modules() -> dict[str, str]:
+    """Return the outside modules that the library imports anywhere -> one file that does."""
+    found = {}
+    for top in ("steerfm", "rewards"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module or ""]
+                found |= {name.split(".")[0]: path.relative_to(ROOT).as_posix() for name in names}
+    return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"steerfm"}}
+
+
+def test_every_imported_package_is_declared():
+    dev = {Requirement(line).name for line in PROJECT["project"]["optional-dependencies"]["dev"]}
+    declared = {requirement.name for requirement in requirements() if requirement.name not in dev}
+    owners = packages_distributions()
+    missing = {
+        f"{name} in {path}"
+        for name, path in imported_modules().items()
+        if not declared & {canonicalize_name(owner) for owner in owners.get(name, [name])}
+    }
+    assert sorted(missing) == []
 
 
 def test_the_build_uses_the_pinned_setuptools():
