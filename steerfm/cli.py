@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(_missing(error), FAILED)
     except KeyboardInterrupt as interrupt:
         again = str(interrupt) or "the same command"
-        return _say(f"Interrupted. What is saved stays; to continue, run: {again}", INTERRUPTED)
+        return _say(f"\nInterrupted. What is saved stays; to continue, run: {again}", INTERRUPTED)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"steerfm {version('steerfm')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_recipe_command(commands, "train", "train a flow map", "steerfm train recipe=digits")
-    _add_recipe_command(commands, "finetune", "fine-tune one", "steerfm finetune recipe=digits_finetune map=runs/digits")
+    _add_recipe_command(
+        commands, "finetune", "fine-tune one", "steerfm finetune recipe=digits_finetune map=runs/digits"
+    )
     _add_recipe_command(commands, "sample", "sample from one", "steerfm sample recipe=digits_sample map=runs/digits")
     _add_recipe_command(commands, "steer", "steer sampling", "steerfm steer recipe=digits_steer map=runs/digits")
     _add_recipe_command(commands, "compare", "compare runs", "steerfm compare 'runs=[base,steered]' x=network_calls")

@@ -6,20 +6,32 @@ import argparse
 import contextlib
 import hashlib
 import logging
-import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 from rich.logging import RichHandler
 
 from steerfm import config
 from steerfm.config import Composed
+from steerfm.report.wandb import resolve_mode
 from steerfm.runs import Run, choose_name, is_main_process
 
 console = Console(highlight=False)
+
+NO_CONCERN = (
+    ".*Checkpoint directory .* exists and is not empty",  # it does when a run continues
+    ".*isinstance.treespec, LeafSpec. is deprecated",
+    ".*Your `IterableDataset` has `__len__` defined",  # each process yields its own rows
+    ".*torch.jit.script. is deprecated",
+    ".*does not have many workers",  # batches are made in microseconds
+)
 
 
 def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
@@ -27,10 +39,15 @@ def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
     if not arguments.multirun:
         return [config.compose(command, arguments.overrides, folders=arguments.recipes, trusted=arguments.trust)]
     points = config.sweep(arguments.overrides)
-    recipes = [config.compose(command, lines, folders=arguments.recipes, trusted=arguments.trust) for lines, _ in points]
+    recipes = [
+        config.compose(command, lines, folders=arguments.recipes, trusted=arguments.trust) for lines, _ in points
+    ]
     first = recipes[0]
     stem = choose_name(first.recipe, str(first.values["name"] or ""), first.values["folder"])
-    return [recipe.named(f"{stem}-{suffix}" if suffix else stem) for recipe, (_, suffix) in zip(recipes, points)]
+    return [
+        recipe.named(f"{stem}-{suffix}" if suffix else stem)
+        for recipe, (_, suffix) in zip(recipes, points, strict=True)
+    ]
 
 
 def start(recipe: Composed) -> Run:
@@ -65,7 +82,7 @@ def logger(recipe: Composed, run: Run) -> Any:
         return False
     if node["_target_"].endswith("WandbLogger"):
         identity = hashlib.sha256(f"{run.folder.resolve()} {run.info.started}".encode()).hexdigest()[:12]
-        mode = wandb_mode(node.get("mode", "auto"))
+        mode = resolve_mode(None if node.get("mode", "auto") == "auto" else node["mode"])
         return recipe.build(
             "logger", name=run.info.label, save_dir=str(run.folder), id=identity, mode=mode, config=recipe.values
         )
@@ -80,18 +97,19 @@ def close(built: Any) -> None:
         experiment.finish()
 
 
-def wandb_mode(asked: str) -> str:
-    """Return W&B's mode: as asked, or for "auto" online where WANDB_API_KEY is set and offline otherwise."""
-    if asked != "auto":
-        return asked
-    return "online" if os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline" else "offline"
+class ProgressBar(TQDMProgressBar):
+    """Show one bar of steps with the losses, redrawn fifty times in all, ten where nobody watches a terminal."""
 
+    def __init__(self, steps: int) -> None:
+        super().__init__(refresh_rate=max(1, steps // (50 if console.is_terminal else 10)))
 
-def progress_bar(steps: int) -> Any:
-    """Return a progress bar that is redrawn fifty times at most, and ten where nobody watches a terminal."""
-    from lightning.pytorch.callbacks import TQDMProgressBar
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leave out the logger's version number."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
-    return TQDMProgressBar(refresh_rate=max(1, steps // (50 if console.is_terminal else 10)))
+    def init_validation_tqdm(self) -> Any:
+        """Draw no bar of its own for validation, which is one batch."""
+        return Tqdm(disable=True)
 
 
 def trainer(recipe: Composed, run: Run, **extra: Any) -> Any:
@@ -122,7 +140,9 @@ def interruptible(run: Run) -> Iterator[None]:
 
 
 def show_log() -> None:
-    """Send steerfm's log to the terminal, on the main process only, without Lightning's tips."""
+    """Send steerfm's log to the terminal, on the main process only, without tips that do not concern its users."""
+    for message in NO_CONCERN:
+        warnings.filterwarnings("ignore", message=message)
     library = logging.getLogger("steerfm")
     if not library.handlers:
         library.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_path=False))

@@ -29,7 +29,7 @@ def compare(recipe: Composed) -> Path:
     """Compare the runs that a composed recipe names; print the table, write the page, return the run folder."""
     values = recipe.values
     _check_report(values["report"])
-    mode = common.wandb_mode(values["mode"]) if values["report"] == "wandb" else "disabled"
+    mode = (None if values["mode"] == "auto" else values["mode"]) if values["report"] == "wandb" else "disabled"
     comparison = _comparison(values)
     with common.start(recipe) as run:
         page = report.write_comparison(comparison, run, title=values["title"] or "", wandb_mode=mode)

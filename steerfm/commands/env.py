@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from steerfm.report.wandb import resolve_mode
+
 PACKAGES = (
-    "steerfm", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "wandb", "open-clip-torch", "transformers",
-    "torchmetrics", "scikit-learn", "numpy", "safetensors", "diffusers", "peft", "trl", "datasets", "wandb-workspaces",
+    "steerfm", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "wandb", "open-clip-torch",
+    "transformers", "torchmetrics", "scikit-learn", "numpy", "safetensors", "diffusers", "peft", "trl", "datasets",
+    "wandb-workspaces",
 )  # fmt: skip
 
 
@@ -37,9 +40,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
     yield "memory", _memory()
     yield from _devices()
-    from steerfm.commands.common import wandb_mode
-
-    yield "W&B", wandb_mode("auto")
+    yield "W&B", resolve_mode()
 
 
 def _memory() -> str:

@@ -80,7 +80,7 @@ def _trainer(recipe: Composed, run: Run, logger: Any) -> Any:
     steps = recipe.values["trainer"].get("max_steps", -1)
     callbacks = [*common.callbacks(recipe), _checkpoints(run, recipe.values["checkpoint_every"])]
     if recipe.values["trainer"].get("enable_progress_bar", True):
-        callbacks.append(common.progress_bar(steps))
+        callbacks.append(common.ProgressBar(steps))
     return common.trainer(recipe, run, callbacks=callbacks, logger=logger)
 
 

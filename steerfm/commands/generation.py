@@ -35,7 +35,7 @@ def generate(recipe: Composed) -> Path:
     """
     with common.start(recipe) as run:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
-        held_out = list((recipe.build("held_out") or {}).values())
+        held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         reference = recipe.build("reference")
         module = SteeredSampling(flow_map, method, reward, held_out)
         with common.interruptible(run):
@@ -48,7 +48,7 @@ def generate(recipe: Composed) -> Path:
 def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
     """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
     data = recipe.build("data")
-    callbacks = [common.progress_bar(len(data.predict_dataloader()))]
+    callbacks = [common.ProgressBar(len(data.predict_dataloader()))]
     trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
     batches = trainer.predict(module, data) or []
     return _from_all_processes([batch for batch in batches if isinstance(batch, Samples)])
@@ -68,7 +68,9 @@ def _on_cpu(batch: Samples) -> Samples:
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     tensors = {name: value.cpu() for name, value in fields.items() if isinstance(value, Tensor)}
     tables = {
-        name: {key: value.cpu() for key, value in table.items()} for name, table in fields.items() if isinstance(table, dict)
+        name: {key: value.cpu() for key, value in table.items()}
+        for name, table in fields.items()
+        if isinstance(table, dict)
     }
     return dataclasses.replace(batch, **tensors, **tables)
 

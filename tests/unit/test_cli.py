@@ -107,8 +107,8 @@ def test_a_missing_optional_package_names_the_extra(
 ):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (workplace / "needy.py").write_text("import datasets\n\n\ndef shade(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    code, _, err = run(capsys, "reward", "check", "needy:shade")
+    (workplace / "needy.py").write_text("import datasets\n\n\ndef shade(images, prompts):\n    return datasets\n")
+    code, _, err = run(capsys, "sample", "recipe=digits_sample", "map=here", "reward=needy:shade")
     assert code == 2
     assert is_one_sentence(err), err
     assert "pip install 'steerfm[data]'" in err

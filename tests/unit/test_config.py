@@ -123,7 +123,7 @@ def test_the_right_recipe_and_command_are_named(kitchen: Path, command: str, ove
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "subprocess.run", "builtins.eval", "torch.load", "steerfm.flow_map.torch.load", "_thread.exit", "cooked.soup"],
+    ["os.system", "subprocess.run", "builtins.eval", "torch.load", "steerfm.flow_map.torch.load", "cooked.soup"],
 )
 def test_untrusted_code_is_refused_without_being_imported(kitchen: Path, target: str):
     (kitchen / "cooked.py").write_text("raise RuntimeError('imported')")
