@@ -62,7 +62,8 @@ def caption_variants(label: int) -> list[str]:
         f"the digit {label}",
         f"the number {name}",
         f"a scan of a {name}",
-        f"a picture of the number {label}",
+        f"a {name} written by hand",
+        f"please write the number {label}",
         name,
         str(label),
     ]

@@ -18,8 +18,8 @@ OTHER_PROMPT = "something else entirely, number {}"
 
 def check_part(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
     """Return the findings on a reward that is no sum; a reward that breaks the contract is not tried further."""
-    images, prompts = images.detach(), list(prompts)
-    before = images.clone()
+    before, prompts = images.detach(), list(prompts)
+    images = before.clone()
     try:
         with torch.no_grad():
             values = reward(images, prompts).total
@@ -104,21 +104,20 @@ def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str], values: Va
         if not scored.requires_grad:
             return []
         return [Finding(reward.name, "gradient", "declares no gradient but has one: set differentiable = True.", False)]
-    (gradient,) = torch.autograd.grad(scored.sum(), leaf, retain_graph=True, allow_unused=True)
+    (first,) = torch.autograd.grad(scored[0], leaf, retain_graph=True, allow_unused=True)
+    if first is not None and first[1:].abs().sum() > 1e-6 * first.abs().max():
+        message = "sends the gradient of sample 0 to other samples: keep every operation within its sample."
+        return [Finding(reward.name, "gradient leak", message)]
+    (gradient,) = torch.autograd.grad(scored.sum(), leaf, allow_unused=True)
     message = _fault_of(gradient)
     if message:
         return [Finding(reward.name, "gradient", message)]
     flat = gradient.flatten(1).abs().amax(1)
-    findings = []
-    if (flat == 0).any():
-        i = int(torch.nonzero(flat == 0)[0, 0])
-        message = f"has no gradient at sample {i}, where it may be clamped or saturated."
-        findings.append(Finding(reward.name, "gradient", message, False))
-    (first,) = torch.autograd.grad(scored[0], leaf)
-    if first[1:].abs().sum() > 1e-6 * flat.max():
-        message = "sends the gradient of sample 0 to other samples: keep every operation within its sample."
-        findings.append(Finding(reward.name, "gradient leak", message))
-    return findings
+    if flat.all():
+        return []
+    i = int(torch.nonzero(flat == 0)[0, 0])
+    message = f"has no gradient at sample {i}, where it may be clamped or saturated."
+    return [Finding(reward.name, "gradient", message, False)]
 
 
 def _fault_of(gradient: Tensor | None) -> str:
