@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from steerfm.report.columns import compact, interval, number
+from steerfm.report.columns import compact, interval, is_probability, number
 from steerfm.report.compare import Comparison
 from steerfm.report.estimates import Estimate
 from steerfm.report.rows import Row
@@ -137,8 +137,9 @@ def held_out_chart(rows: Sequence[Row], name: str) -> Chart:
     """Return the chart of a held-out value against reward: where it falls while reward rises, the reward is hacked."""
     known = [(i, r, r.reward, r.held_out[name]) for i, r in enumerate(rows) if r.reward and name in r.held_out]
     x = _axis([reward for _, _, reward, _ in known], LEFT, WIDTH - RIGHT)
-    share = any(name in row.shares for row in rows)
-    y = _axis([judged for *_, judged in known], HEIGHT - BOTTOM, TOP, (0.0, 1.0) if share else None)
+    y = _axis(
+        [judged for *_, judged in known], HEIGHT - BOTTOM, TOP, (0.0, 1.0) if is_probability(rows, name) else None
+    )
     marks = [
         Mark(
             i, x.place(reward.mean), y.place(judged.mean), _bar(reward, x), _bar(judged, y),

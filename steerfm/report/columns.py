@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from steerfm.report.compare import Comparison, Pair
@@ -49,7 +50,7 @@ def quality(comparison: Comparison) -> list[Column]:
     return [
         Column("n", "samples that the row is made of", lambda row: row.samples, lambda row: f"{row.samples:,}"),
         _estimated("reward", "mean reward; 95% bootstrap interval", lambda row: row.reward),
-        *(column for name in comparison.held_out for column in _held_out(name)),
+        *(column for name in comparison.held_out for column in _held_out(name, is_probability(comparison.rows, name))),
         Column("diversity", spread, lambda row: row.diversity, _diversity),
         _plain("Fréchet", frechet, lambda row: row.frechet, number),
         _plain(f"Fréchet, n = {comparison.equal_samples}", equal, lambda row: row.frechet_equal, number),
@@ -87,6 +88,15 @@ def difference_text(pair: Pair | None) -> str:
     return f"{sign}{plus_minus(pair.difference)}{', within noise' if pair.within_noise else ''}"
 
 
+def is_probability(rows: Sequence[Row], name: str) -> bool:
+    """Say whether a held-out value is a probability: in [0, 1] in every run that has it, and above one half in some.
+
+    A cosine, which some rewards are, lies in [0, 1] too, but never that high.
+    """
+    shares = [row.shares.get(name) for row in rows if name in row.held_out and row.kind == "run"]
+    return None not in shares and any(shares)
+
+
 def number(value: float | None) -> str:
     """Return a number with about three digits, without an exponent where people would not write one."""
     if value is None:
@@ -102,14 +112,14 @@ def compact(value: float | None) -> str:
 
 
 def plus_minus(found: Estimate | None) -> str:
-    """Return a mean and half of the width of its interval, such as "0.913 ± 0.021"."""
+    """Return a mean and half of the width of its interval, to two digits of the latter, such as "0.913 ± 0.021"."""
     if found is None:
         return NOTHING
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or found.low == found.high:
         return number(found.mean)
     half = (found.high - found.low) / 2
-    decimals = max(_decimals(found.mean), 0)
-    return f"{number(found.mean)} ± {half:.{decimals}f}"
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 4)
+    return f"{found.mean:,.{decimals}f} ± {half:,.{decimals}f}"
 
 
 def interval(found: Estimate | None) -> str:
@@ -147,17 +157,17 @@ def _filled(column: Column, comparison: Comparison) -> bool:
     return any(column.value(row) is not None for row in comparison.rows)
 
 
-def _held_out(name: str) -> list[Column]:
-    """Return a held-out value's column, and that of its share above one half."""
-    return [
-        _estimated(f"{name}, held out", f"mean of {name}, never optimised", lambda row: row.held_out.get(name)),
-        Column(
-            f"{name} > ½",
-            f"share of samples with {name} above one half",
-            lambda row: row.shares.get(name),
-            lambda row: percent(row.shares.get(name)),
-        ),
-    ]
+def _held_out(name: str, probability: bool) -> list[Column]:
+    """Return a held-out value's column, and for a probability that of its share above one half."""
+    meaning = f"mean of {name}, never optimised; 95% bootstrap interval"
+    mean = _estimated(f"{name}, held out", meaning, lambda row: row.held_out.get(name))
+    share = Column(
+        f"{name} > ½",
+        f"share of samples with {name} above one half",
+        lambda row: row.shares.get(name),
+        lambda row: percent(row.shares.get(name)),
+    )
+    return [mean, share] if probability else [mean]
 
 
 def _diversity(row: Row) -> str:

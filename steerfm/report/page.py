@@ -128,10 +128,10 @@ def _summary(comparison: Comparison) -> str:
     """Return what was compared, in one line."""
     counts = sorted({len(source.rows) for source in comparison.sources})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    prompts = len(comparison.prompts)
-    first = comparison.sources[0].label
-    held = f"; differences are to {first}" if len(comparison.sources) > 1 else ""
-    return f"{each} samples a run, {prompts:,} {_plural(prompts, 'prompt')}{held}."
+    prompts = sum(bool(prompt) for prompt in comparison.prompts)
+    asked = f", {prompts:,} {_plural(prompts, 'prompt')}" if prompts else ""
+    held = f"; differences are to {comparison.sources[0].label}" if len(comparison.sources) > 1 else ""
+    return f"{each} samples a run{asked}{held}."
 
 
 def _plural(count: int, word: str) -> str:

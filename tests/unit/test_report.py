@@ -267,8 +267,30 @@ def test_terminal_tables_fit_and_lose_nothing(compared: report.Comparison) -> No
         report.show(compared, console)
         text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert max(map(len, text.splitlines())) <= width
-        for word in ("21.5", "(25%)", "nominal", "768", "+1.09 ± 0.08"):
+        for word in ("21.5", "(25%)", "nominal", "768", "+1.087 ± 0.079"):
             assert word in text
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert [columns.number(v) for v in (0, 0.0004, 0.0123, 0.5, 4.652, 21.46, 768, 12345.6, None)] == [
+        "0", "4.0e-04", "0.012", "0.500", "4.65", "21.5", "768", "12,346", "–",
+    ]  # fmt: skip
+    assert [columns.compact(v) for v in (4.0, 0.1, 0.002, 1234.0, 0.4 - 1e-17)] == ["4", "0.1", "0.002", "1,234", "0.4"]
+    estimate = estimates.Estimate
+    assert columns.plus_minus(estimate(20.5432, 20.3, 20.78, 9)) == "20.54 ± 0.24"
+    assert columns.plus_minus(estimate(1234.5, 1200, 1260, 9)) == "1,234 ± 30"
+    assert columns.plus_minus(estimate(0.5, None, None, 1)) == "0.500"
+    assert columns.plus_minus(estimate(0.5, 0.5, 0.5, 3)) == "0.500"
+
+
+def test_a_cosine_is_no_probability(tmp_path: Path) -> None:
+    with Run.start("scored", command="sample", config={}, recipe="r", root=tmp_path) as run:
+        run.write_samples(pose("base", count=6)[0], held_out={"HPSv2": torch.linspace(0.2, 0.35, 6)})
+    comparison = report.compare(["scored"], root=tmp_path)
+    assert [c.title for c in columns.columns(comparison)][2:5] == ["reward", "HPSv2, held out", "diversity"]
+    ticks = [tick.text for tick in charts.charts(comparison)[1].y_ticks]
+    assert "0" not in ticks
+    assert "1" not in ticks
 
 
 def test_labels_are_no_markup(tmp_path: Path) -> None:
