@@ -6,6 +6,7 @@ dx = (-v + g^2/2 score) dtau + g dW for any g >= 0 (MATHS: Song et al. 2021, arX
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from steerfm import seeds as seeding
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.paths import Path
+from steerfm.reward import as_reward
 from steerfm.times import time_grid
 from steerfm.types import Condition, Cost, Samples, State, Times, Values, unsqueeze_like
 
@@ -82,7 +84,7 @@ def gaussian_log_prob(x: State, mean: State, std: Times) -> Values:
     d = x[0].numel()
     positive = torch.where(std > 0, std, torch.ones_like(std))
     gap = ((x - mean) / unsqueeze_like(positive, x)).flatten(1)
-    log_prob = -0.5 * (gap**2).sum(1) - d * positive.log() - 0.5 * d * torch.log(torch.tensor(2 * torch.pi))
+    log_prob = -0.5 * (gap**2).sum(1) - d * positive.log() - 0.5 * d * math.log(2 * math.pi)
     return torch.where(std > 0, log_prob, torch.zeros_like(log_prob))
 
 
@@ -169,8 +171,10 @@ class Task(NamedTuple):
     def step_noise(self, step: int) -> State:
         """Return the noise of one SDE step, keyed by (seed, particle, step), like x1."""
         shape = self.x1.shape[1:]
-        noise = seeding.noise(self.seeds, shape, particles=self.particles, stream="step", step=step)
-        return noise.to(self.x1)
+        dtype, device = self.x1.dtype, self.x1.device
+        return seeding.noise(
+            self.seeds, shape, particles=self.particles, stream="step", step=step, dtype=dtype, device=device
+        )
 
 
 def prepare(
@@ -203,10 +207,10 @@ def prepare(
 
 
 def finish(flow_map: FlowMap, task: Task, x0: State, reward: Any, cost: Cost, **more: Any) -> Samples:
-    """Decode x0, score it once (not charged to the cost) and return the samples."""
+    """Decode x0, score it once (not charged to the cost) and return the samples; reward: as `as_reward` takes it."""
     with torch.no_grad():
         images = flow_map.decode(x0)
-        scores = None if reward is None else reward(images, task.prompts)
+        scores = None if reward is None else as_reward(reward)(images, task.prompts)
     samples = Samples(x0.detach(), images, task.prompts, task.seeds, cost, **more)
     return samples if scores is None else replace(samples, rewards=scores.total, parts=scores.parts)
 
@@ -236,17 +240,24 @@ def measure(flow_map: FlowMap, reward: nn.Module | None, returned: int) -> Itera
     handles = [flow_map.network.register_forward_hook(network_hook)]
     if reward is not None:
         handles.append(reward.register_forward_hook(reward_hook))
-    start = time.perf_counter()
+    start = _finished(flow_map.device)
     try:
         yield lambda: Cost(
             counts["network"] / returned,
             counts["calls"] / returned,
             counts["gradients"] / returned,
-            (time.perf_counter() - start) / returned,
+            (_finished(flow_map.device) - start) / returned,
         )
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _finished(device: torch.device) -> float:
+    """Return the time, in seconds, when all work given to the device is done; a GPU answers before it is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _pairs(times: list[float]) -> Iterator[tuple[float, float]]:

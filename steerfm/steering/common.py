@@ -20,8 +20,8 @@ def ready_reward(reward: Any, method: str, needs_gradient: bool) -> Reward:
     reward = as_reward(reward)
     if needs_gradient and not reward.differentiable:
         raise RewardError(
-            f"'{reward.name}' has no gradient, and {method} needs one. Use BestOfN, or FlowMapTilting with "
-            "gradient=False, which do not; or a differentiable stand-in."
+            f"'{reward.name}' has no gradient, and {method} needs one. Use BestOfN, which does not; "
+            "or a differentiable stand-in."
         )
     return reward
 

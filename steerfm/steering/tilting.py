@@ -12,6 +12,7 @@ Reference: Sabour et al. 2025, arXiv 2511.22688.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,8 @@ class FlowMapTilting:
             clean, values, gradient = value_and_gradient(
                 lambda state, t=t: flow_map.look_ahead(state, t, task.condition), reward, flow_map.decode, x, each
             )
-            gain = _alpha(flow_map, t_next) - _alpha(flow_map, t)
+            # Where alpha(1) is not quite 0 the first weights hold V_1 too, or the total would miss its share of r.
+            gain = _alpha(flow_map, t_next) - (_alpha(flow_map, t) if i else 0.0)
             scaled = values.double().reshape(log_weights.shape) / self.temperature
             population.log_weights = population.log_weights + gain * scaled
             last = i == self.jumps - 1
@@ -151,4 +153,4 @@ def _alpha(flow_map: FlowMap, t: float) -> float:
 
 
 def _log_mean_exp(log_weights: Tensor) -> Tensor:
-    return log_weights.logsumexp(1) - torch.log(torch.tensor(float(log_weights.shape[1])))
+    return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
