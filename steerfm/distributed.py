@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from steerfm.errors import ConfigError
 from steerfm.types import Values
 
 
@@ -23,7 +24,7 @@ def gather(values: Tensor) -> Tensor:
     """
     _, count = world()
     if count == 1:
-        return values
+        return values.detach()
     sizes = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(count)]
     dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
     longest = int(max(sizes))
@@ -43,10 +44,14 @@ def mean_and_std(values: Values) -> tuple[Tensor, Tensor]:
 def group_statistics(values: Values, group_size: int) -> tuple[Values, Values]:
     """Return each row's group mean and standard deviation, (B,); a group is `group_size` neighbouring rows.
 
-    Groups count over the rows of all processes in rank order, so a group may span two processes.
+    Groups count over the rows of all processes in rank order, so a group may span two processes. Raises
+    ConfigError where the rows of all processes are not a whole number of groups.
     """
     rank, _ = world()
-    groups = gather(values).double().reshape(-1, group_size)
+    everything = gather(values).double()
+    if len(everything) % group_size:
+        raise ConfigError(f"{len(everything)} rows cannot be divided into groups of {group_size}: drop the rest.")
+    groups = everything.reshape(-1, group_size)
     counts = gather(torch.tensor([len(values)], device=values.device))
     start = int(counts[:rank].sum())
     mean = groups.mean(1).repeat_interleave(group_size)[start : start + len(values)]
