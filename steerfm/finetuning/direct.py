@@ -56,7 +56,7 @@ class DirectBackprop:
     def __post_init__(self) -> None:
         if self.penalty not in ("noise", "path"):
             raise ConfigError(f"penalty is 'noise' or 'path', got '{self.penalty}'.")
-        if self.jumps < 1 or not 1 <= (self.last or self.jumps) <= self.jumps:
+        if self.jumps < 1 or not 1 <= self._with_gradient <= self.jumps:
             raise ConfigError(f"last must lie between 1 and jumps, got last={self.last} and jumps={self.jumps}.")
 
     def __call__(
@@ -71,7 +71,7 @@ class DirectBackprop:
         draw: Callable[[int], State],
     ) -> Tuned:
         """Return the loss -r(x0) + temperature * penalty and its parts; `draw(step)` gives the SDE's noise."""
-        first = self.jumps - (self.last or self.jumps)
+        first = self.jumps - self._with_gradient
         if self.penalty == "path":
             x0, penalty = sde_with_divergence(flow_map, reference, x1, self.jumps, first, condition, draw)
         else:
@@ -82,6 +82,10 @@ class DirectBackprop:
         scores = reward(flow_map.decode(x0), prompts)
         loss = -scores.total + temperature * penalty
         return Tuned(loss, x0, scores.total, scores.parts, penalty)
+
+    @property
+    def _with_gradient(self) -> int:
+        return self.jumps if self.last is None else self.last
 
 
 def few_jumps_truncated(flow_map: FlowMap, x1: State, jumps: int, first: int, condition: Condition | None) -> State:
