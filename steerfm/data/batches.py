@@ -33,12 +33,12 @@ class StepBatches(IterableDataset):
         return (self.make(step) for step in range(self.start(), self.steps))
 
 
-def own_rows(batch_size: int) -> slice:
+def own_rows(batch_size: int, name: str = "batch_size") -> slice:
     """Return this process's rows of a global batch. Raises ConfigError where it cannot be divided evenly."""
     rank, count = world()
     if batch_size % count:
         raise ConfigError(
-            f"batch_size counts samples over all processes and must be divisible by them: got {batch_size} for {count}."
+            f"{name} counts over all processes and must be divisible by their number: got {batch_size} for {count}."
         )
     share = batch_size // count
     return slice(rank * share, (rank + 1) * share)

@@ -59,7 +59,7 @@ class Prompts(StepDataModule):
 
     def batch(self, step: int) -> dict[str, Any]:
         index = epoch_indices(len(self.prompts), step, self.prompts_per_step, self.seed)
-        own = index[own_rows(self.prompts_per_step)].tolist()
+        own = index[own_rows(self.prompts_per_step, "prompts_per_step")].tolist()
         return {"prompt": [self.prompts[i] for i in own for _ in range(self.samples_per_prompt)]}
 
 
