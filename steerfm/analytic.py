@@ -193,7 +193,7 @@ class MixtureNetwork(nn.Module):
         return U
 
 
-def _extrapolated_step(rate, U: Tensor, a: float, h: float, order: int) -> Tensor:  # noqa: ANN001
+def _extrapolated_step(rate, U: Tensor, a: float, h: float, order: int) -> Tensor:
     """Return the increment over one step of size h from a: midpoint rules with 2, 4, ... substeps, extrapolated."""
     counts = [2 * (i + 1) for i in range(order)]
     first = rate(U, a)

@@ -362,7 +362,7 @@ def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
     """Return the config as plain containers, or raise ConfigError for a value that the user must give."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        example = _example(missing[0], library.options("recipe")[recipe])
+        example = _example(missing[0], library)
         raise ConfigError(f"Recipe '{recipe}' needs a value for '{missing[0]}': add {example}")
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -371,8 +371,12 @@ def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _example(key: str, path: Path) -> str:
-    """Return an example for a missing value: the comment behind its `???` in the recipe."""
-    leaf = re.escape(key.split(".")[-1])
-    found = re.search(rf"^\s*{leaf}:\s*\?\?\?\s*#\s*(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return f"{key}={found[1].strip()}" if found else f"{key}=VALUE"
+def _example(key: str, library: Library) -> str:
+    """Return an example for a missing value: the comment behind its `???` in a recipe or a part."""
+    pattern = re.compile(rf"^\s*{re.escape(key.split('.')[-1])}:\s*\?\?\?\s*#\s*(.+)$", re.MULTILINE)
+    for folder in [*library.own, library.shipped]:
+        for path in sorted(folder.rglob("*.yaml")):
+            found = pattern.search(path.read_text(encoding="utf-8"))
+            if found:
+                return f"{key}={found[1].strip()}"
+    return f"{key}=VALUE"

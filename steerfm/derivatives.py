@@ -44,7 +44,8 @@ def directional_derivative(
             raise DerivativeError("Forward mode needs batch-shaped times: got a tensor without dimensions.")
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(function, tuple(primals), tuple(tangents))
+            value, derivative = torch.func.jvp(function, tuple(primals), tuple(tangents))  # type: ignore[misc]
+            return value, derivative
     except (RuntimeError, NotImplementedError) as error:
         layer = _failing_layer(function, primals, tangents, network)
         if layer is None:

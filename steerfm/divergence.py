@@ -5,13 +5,15 @@ All of them sum over the dimensions of model space; a mean would be off by the n
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from steerfm.flow_map import FlowMap
 from steerfm.sampling import squared_noise
 from steerfm.times import time_grid
-from steerfm.types import Condition, State, Times, Values, unsqueeze_like
+from steerfm.types import Condition, State, Times, Values
 
 EARLIEST = 0.02  # below this time (1 - t) / t magnifies rounding more than it measures
 
@@ -60,7 +62,7 @@ def encode(flow_map: FlowMap, x0: State, jumps: int, condition: Condition | None
     """Return the noise that clean x0 comes from, by `jumps` jumps from t = 0 to t = 1."""
     x = x0
     grid = time_grid(jumps, 0.0, 1.0)
-    for s, t in zip(grid, grid[1:], strict=False):
+    for s, t in itertools.pairwise(grid):
         x = flow_map.jump(x, s, t, condition)
     return x
 

@@ -71,6 +71,8 @@ class FlowMap(nn.Module):
     Times are (B,) tensors or plain numbers, in [0, 1]; t = 1 is noise.
     """
 
+    codec: Codec
+
     def __init__(
         self,
         network: nn.Module,
@@ -90,7 +92,8 @@ class FlowMap(nn.Module):
         self.path = path or Linear()
         self.conditioner = conditioner
         self.data_shape: tuple[int, ...] = tuple(network.data_shape)  # type: ignore[arg-type]
-        self.codec: Codec = codec or (Identity() if len(self.data_shape) == 1 else Pixels())
+        default = Identity() if len(self.data_shape) == 1 else Pixels()
+        self.codec = default if codec is None else codec
         self.output = output
         self.guidance_scale = guidance_scale
         self.weights = "raw"  # which weights these are: "raw", or "ema" when loaded so
@@ -209,7 +212,7 @@ def as_times(t: Any, x: Tensor) -> Times:
         if t.shape != (len(x),):
             raise ConfigError(f"t needs one time a sample, shape ({len(x)},), got {tuple(t.shape)}.")
         watched = t.device.type == "cpu" and not torch.compiler.is_compiling() and len(t) > 0
-        if watched and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if watched and not torch._C._functorch.is_functorch_wrapped_tensor(t):  # type: ignore[attr-defined]
             _check_range(float(t.min()), slack=0.05)
             _check_range(float(t.max()), slack=0.05)
         return t.to(x.dtype)

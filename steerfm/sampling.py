@@ -6,6 +6,7 @@ dx = (-v + g^2/2 score) dtau + g dW for any g >= 0 (MATHS: Song et al. 2021, arX
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -261,4 +262,4 @@ def _finished(device: torch.device) -> float:
 
 
 def _pairs(times: list[float]) -> Iterator[tuple[float, float]]:
-    return zip(times, times[1:], strict=False)
+    return itertools.pairwise(times)

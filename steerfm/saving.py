@@ -104,7 +104,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint of steerfm ({reason}): use an earlier one.") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of steerfm ({reason}): use an earlier one."
+        ) from error
 
 
 def _read_checkpoint(path: Path, weights: str | None) -> tuple[Any, dict[str, Tensor], str]:
@@ -120,7 +122,9 @@ def _read_checkpoint(path: Path, weights: str | None) -> tuple[Any, dict[str, Te
     taken = weights or ("ema" if average else "raw")
     if taken == "ema":
         if not average:
-            raise CheckpointError(f"{path} holds no EMA weights: train with the EMA callback, or ask for weights='raw'.")
+            raise CheckpointError(
+                f"{path} holds no EMA weights: train with the EMA callback, or ask for weights='raw'."
+            )
         raw |= {name.removeprefix("flow_map."): tensor for name, tensor in average.items()}
     return checkpoint["flow_map"], raw, taken
 

@@ -87,9 +87,10 @@ class Samples:
 
     x0: (B, *dim) in model space. images: (B, C, H, W) in [0, 1], or (B, d) for points. rewards: (B,), with
     `parts` the unweighted values by name and `held_out` those of rewards that nothing optimised.
-    rewards_unclamped: (B,), of the pictures before clamping to [0, 1], where any pixel was clamped. For populations of P particles: log_weights (B, P), normalised;
-    effective_sample_size (B,), in particles; particles (B, P, *dim). `trace` holds one tensor a step by name.
-    `note` says what the reader must know of the result, such as a temperature that is nominal.
+    rewards_unclamped: (B,), of the pictures before clamping to [0, 1], where any pixel was clamped. For
+    populations of P particles: log_weights (B, P), normalised; effective_sample_size (B,), in particles;
+    particles (B, P, *dim). `trace` holds one tensor a step by name. `note` says what the reader must know of the
+    result, such as a temperature that is nominal.
     """
 
     x0: Tensor

@@ -48,11 +48,12 @@ def tracked_files() -> list[str]:
 
 
 def copy_checkout(target: Path, links: bool = True) -> Path:
-    """Copy the tracked files into ``target``, with or without the two links, and return it."""
+    """Copy the tracked files into ``target`` and return it; without links, as git does where it cannot make any."""
     for name in tracked_files():
         source, copy = ROOT / name, target / name
-        if source.is_symlink() and not links:
-            continue
         copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink() and not links:
+            copy.write_text(str(source.readlink()), encoding="utf-8")
+            continue
         shutil.copy2(source, copy, follow_symlinks=False)
     return target

@@ -45,13 +45,15 @@ class EMA(Callback):
         self.average = {name: tensor.to(trainable[name].device) for name, tensor in self.average.items()}
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.updates:  # the batch was accumulated, the weights have not moved
             return
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        names, parameters = zip(*_trainable(pl_module), strict=True)
-        torch._foreach_lerp_([self.average[name] for name in names], [p.detach() for p in parameters], 1 - decay)
+        for name, parameter in _trainable(pl_module):
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)

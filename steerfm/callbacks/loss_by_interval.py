@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class LossByInterval(Callback):
         if list(edges) != sorted(edges) or edges[-1] < 1:
             raise ConfigError(f"edges must rise and end at 1 or later, got {list(edges)}.")
         self.edges = torch.tensor([0.0, *edges])
-        names = ["diagonal", *(f"{a:g}-{b:g}" for a, b in zip([0, *edges], edges, strict=False))]
+        names = ["diagonal", *(f"{a:g}-{b:g}" for a, b in pairwise([0, *edges]))]
         self.means = {name: MeanMetric() for name in names}
 
     def on_train_batch_end(
@@ -34,7 +35,7 @@ class LossByInterval(Callback):
             rows = outputs["losses"][bands == i]
             if len(rows):
                 metric.to(rows.device).update(rows)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, metric in self.means.items():
                 if metric.update_called:
                     pl_module.log(f"loss_by_interval/{name}", metric.compute())

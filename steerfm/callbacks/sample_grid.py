@@ -40,7 +40,9 @@ class SampleGrid(Callback):
         self.limit = limit
         self.scale = scale
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step % self.every == 0:
             self._write(trainer, pl_module)
 
@@ -61,7 +63,8 @@ class SampleGrid(Callback):
                 import wandb
 
                 pixels = np.ascontiguousarray(images.to_uint8(sheet[None])[0])
-                logger.experiment.log({"samples": wandb.Image(pixels), "trainer/global_step": step})
+                picture = {"samples": wandb.Image(pixels), "trainer/global_step": step}
+                logger.experiment.log(picture)  # type: ignore[attr-defined]
 
     def sheet(self, flow_map: FlowMap) -> Tensor:
         """Return the grid as one picture (C, H, W) in [0, 1]."""

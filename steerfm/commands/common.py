@@ -27,7 +27,7 @@ console = Console(highlight=False)
 
 NO_CONCERN = (
     ".*Checkpoint directory .* exists and is not empty",  # it does when a run continues
-    ".*isinstance.treespec, LeafSpec. is deprecated",
+    ".*isinstance.treespec, LeafSpec",
     ".*Your `IterableDataset` has `__len__` defined",  # each process yields its own rows
     ".*torch.jit.script. is deprecated",
     ".*does not have many workers",  # batches are made in microseconds
@@ -69,7 +69,8 @@ def start(recipe: Composed) -> Run:
 
 def inputs(recipe: Composed) -> list[str]:
     """Return the runs, files and folders that a recipe reads."""
-    return [str(path) for path in recipe.values["inputs"] if path is not None]
+    given = recipe.values["inputs"]
+    return [str(path) for path in (given.values() if isinstance(given, dict) else given)]
 
 
 def logger(recipe: Composed, run: Run) -> Any:

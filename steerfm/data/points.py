@@ -63,7 +63,9 @@ class Points(StepDataModule):
     ) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise ConfigError(f"There are no points of the kind '{kind}'{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+            raise ConfigError(
+                f"There are no points of the kind '{kind}'{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}."
+            )
         self.kind = kind
         self.batch_size = batch_size
         self.validation_size = validation_size

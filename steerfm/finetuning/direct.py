@@ -14,6 +14,7 @@ Domingo-Enrich et al. 2024, arXiv 2409.08861 (memoryless noise).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -44,14 +45,15 @@ class Tuned(NamedTuple):
 class DirectBackprop:
     """Back-propagate the reward through the last `last` of `jumps` jumps from noise.
 
-    jumps: jumps of the sampler, or steps of the memoryless SDE for penalty "path". last: how many of them take
-    gradients; all by default (fewer saves memory and is biased). penalty: "noise" or "path", see the module's
-    text; "noise" needs a map trained in both directions. Needs a differentiable reward.
+    jumps: steps of the memoryless SDE for penalty "path" (8 or so: fewer are coarse), or jumps of the sampler for
+    "noise" (1 to 4). last: how many of them take gradients; all by default (fewer saves memory and is biased).
+    penalty: "path" or "noise", see the module's text; "noise" needs a map trained in both directions. Needs a
+    differentiable reward.
     """
 
-    jumps: int = 2
+    jumps: int = 8
     last: int | None = None
-    penalty: Literal["noise", "path"] = "noise"
+    penalty: Literal["noise", "path"] = "path"
 
     def __post_init__(self) -> None:
         if self.penalty not in ("noise", "path"):
@@ -92,7 +94,7 @@ def few_jumps_truncated(flow_map: FlowMap, x1: State, jumps: int, first: int, co
     """Return x0 by equal jumps, of which those before number `first` take no gradient."""
     x = x1
     grid = time_grid(jumps)
-    for i, (s, t) in enumerate(zip(grid, grid[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(grid)):
         with torch.set_grad_enabled(i >= first):
             x = flow_map.jump(x, s, t, condition)
     return x
@@ -114,7 +116,7 @@ def sde_with_divergence(
     """
     x, divergence = x1, torch.zeros(len(x1), dtype=x1.dtype, device=x1.device)
     grid = time_grid(steps)
-    for i, (s, t) in enumerate(zip(grid, grid[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(grid)):
         with torch.set_grad_enabled(i >= first):
             times = as_times(s, x)
             g2, eta = memoryless(flow_map, times, s - t)

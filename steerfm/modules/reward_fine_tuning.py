@@ -74,9 +74,7 @@ class RewardFineTuning(lightning.LightningModule):
 
         reference, reward = self._reference.on(self.device), self._reward.on(self.device)
         condition = self.flow_map.encode_prompts(prompts)
-        tuned = self.method(
-            self.flow_map, reference, reward, draw(0), prompts, condition, self.temperature, draw
-        )
+        tuned = self.method(self.flow_map, reference, reward, draw(0), prompts, condition, self.temperature, draw)
         loss = tuned.loss.mean()
         if not torch.isfinite(loss):
             raise TrainingError(

@@ -20,6 +20,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 16, max_rate: float = 32.0) -> None:
         super().__init__()
+        self.rates: Tensor
         rates = torch.logspace(math.log10(0.5), math.log10(max_rate), frequencies)
         self.register_buffer("rates", rates, persistent=False)
         self.layers = nn.Sequential(nn.Linear(6 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
@@ -57,3 +58,9 @@ def conditioning(
     if condition is not None:
         raise ConfigError(f"This network takes no condition, got one with {list(condition.tensors)}: set num_classes.")
     return embedding
+
+
+def start_at_zero(layer: nn.Module) -> None:
+    """Set all parameters of a layer to zero, so that what it adds starts at nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steerfm.building import remembered
-from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning
+from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
 from steerfm.types import Condition, State, Times
 
 
@@ -23,8 +23,7 @@ class _Block(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
-        nn.init.zeros_(self.modulation.weight)  # adaLN-zero: each block starts as the identity
-        nn.init.zeros_(self.modulation.bias)
+        start_at_zero(self.modulation)  # adaLN-zero: each block starts as the identity
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(embedding).chunk(3, 1)
@@ -58,8 +57,7 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, round(width * expansion)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Linear(width, math.prod(data_shape))
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
         embedding = functional.silu(conditioning(self.time, self.classes, s, t, condition))

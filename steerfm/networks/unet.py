@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
-from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning
+from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
 from steerfm.types import Condition, State, Times
 
 
@@ -25,8 +25,7 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
         self.modulation = nn.Linear(width, 2 * outside)
         self.skip = nn.Conv2d(inside, outside, 1) if inside != outside else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        start_at_zero(self.conv2)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
@@ -44,8 +43,7 @@ class _Attention(nn.Module):
         self.norm = nn.GroupNorm(min(groups, channels), channels)
         self.enter = nn.Conv2d(channels, 3 * channels, 1)
         self.leave = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        start_at_zero(self.leave)
 
     def forward(self, h: Tensor) -> Tensor:
         batch, channels, height, width = h.shape
@@ -96,8 +94,7 @@ class UNet(nn.Module):
             inside = outside
         self.norm = nn.GroupNorm(min(groups, inside), inside)
         self.leave = nn.Conv2d(inside, data_shape[0], 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
         embedding = functional.silu(conditioning(self.time, self.classes, s, t, condition))

@@ -11,9 +11,7 @@ from steerfm.objectives.weights import mean_square
 from steerfm.types import Condition, State, Times, Values
 
 
-def flow_matching(
-    flow_map: FlowMap, x0: State, x1: State, t: Times, condition: Condition | None = None
-) -> Values:
+def flow_matching(flow_map: FlowMap, x0: State, x1: State, t: Times, condition: Condition | None = None) -> Values:
     """Return the squared gap between the velocity and the path's tangent, |u(x_t, t, t) - w|^2; shape (B,).
 
     w = alpha' x0 + sigma' x1 (linear path: x1 - x0). On the exact map its mean is the conditional variance of

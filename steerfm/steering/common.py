@@ -27,7 +27,11 @@ def ready_reward(reward: Any, method: str, needs_gradient: bool) -> Reward:
 
 
 def value_and_gradient(
-    function: Callable[[State], State], reward: Reward, decode: Callable[[State], Tensor], x: State, prompts: Sequence[str]
+    function: Callable[[State], State],
+    reward: Reward,
+    decode: Callable[[State], Tensor],
+    x: State,
+    prompts: Sequence[str],
 ) -> tuple[State, Values, State]:
     """Return (clean, r(decode(clean)), gradient of r with respect to x) for clean = function(x).
 

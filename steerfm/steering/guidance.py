@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class LookAheadGuidance:
         x, trace = task.x1, []
         grid = time_grid(self.steps)
         with measure(flow_map, reward, len(task.seeds)) as cost:
-            for t, t_next in zip(grid, grid[1:], strict=False):
+            for t, t_next in itertools.pairwise(grid):
                 values, drift = self._drift(flow_map, reward, x, t, t - t_next, task.condition, task.prompts)
                 trace.append(values)
                 x = flow_map.jump(x, t, t_next, task.condition) + (t - t_next) * drift

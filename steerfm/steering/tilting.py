@@ -12,6 +12,7 @@ Reference: Sabour et al. 2025, arXiv 2511.22688.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class FlowMapTilting:
         log_weights = task.x1.new_zeros(len(task.seeds), self.particles, dtype=torch.float64)
         population = _Population(task.x1, log_weights, [], log_weights.new_zeros(len(task.seeds)))
         grid = time_grid(self.jumps)
-        for i, (t, t_next) in enumerate(zip(grid, grid[1:], strict=False)):
+        for i, (t, t_next) in enumerate(itertools.pairwise(grid)):
             x = population.x
             clean, values, gradient = value_and_gradient(
                 lambda state, t=t: flow_map.look_ahead(state, t, task.condition), reward, flow_map.decode, x, each

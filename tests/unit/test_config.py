@@ -158,7 +158,7 @@ def test_a_reward_typed_on_the_command_line_is_trusted(kitchen: Path, monkeypatc
         "def heat(images, prompts):\n    return images.mean((1, 2, 3))\n\n"
         "class Salt:\n    def __init__(self, grams: float = 1.0):\n        self.grams = grams\n"
     )
-    assert compose("reward=spices:heat").build("reward").func.__name__ == "heat"
+    assert compose("reward=spices:heat").build("reward").__name__ == "heat"
     assert compose("reward=spices:Salt", "++reward.grams=2").build("reward").grams == 2
 
 
