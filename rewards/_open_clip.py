@@ -84,7 +84,8 @@ def preprocess(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     target = (size, size) if isinstance(size, int) else (size[0], size[-1])
     mode, method = _resampling(config, target)
     shape = resized_shape((images.shape[2], images.shape[3]), target, mode)
-    pictures = clamp(resize(images.float(), shape, method))
+    wide = clamp(resize(images, (images.shape[2], shape[1]), method))  # Pillow's order: rows, clamp, columns, clamp
+    pictures = clamp(resize(wide, shape, method))
     fill = config.get("fill_color", 0) / 255 if mode == "longest" else 0.0
     pictures = crop_or_pad(pictures, target, fill).expand(-1, 3, -1, -1)
     mean = pictures.new_tensor(config["mean"]).view(-1, 1, 1)

@@ -101,7 +101,9 @@ class ClipTraining(lightning.LightningModule):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return embeddings of length one, (B, D), of pictures (B, 1 or 3, H, W) in [0, 1]."""
-        pictures = clamp(resize(images, _size(self.config), "bicubic")).expand(-1, 3, -1, -1)
+        height, width = _size(self.config)
+        wide = clamp(resize(images, (images.shape[2], width)))  # in two steps, as Pillow does and CLIPScore
+        pictures = clamp(resize(wide, (height, width))).expand(-1, 3, -1, -1)
         mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return functional.normalize(self.clip.encode_image((pictures - mean) / std), dim=-1)
 

@@ -139,9 +139,16 @@ def _chain(run: Run, root: str | Path, depth: int = 8) -> list[Run]:
 
 
 def _temperature(run: Run, root: str | Path) -> float | None:
-    """Return the temperature that the run, or else a run it was made from, says it used."""
+    """Return the temperature that the run, or else a run it was made from, says it used.
+
+    A method that names its temperature settles it, also where that is null (an argmax takes none).
+    """
     for candidate in _chain(run, root):
-        for place in (candidate.read_metrics(), candidate.config):
+        metrics, config = candidate.read_metrics(), candidate.config
+        method = config.get("method")
+        if "temperature" not in metrics and isinstance(method, dict) and "temperature" in method:
+            return _find_number(method, "temperature")
+        for place in (metrics, config):
             found = _find_number(place, "temperature")
             if found is not None:
                 return found

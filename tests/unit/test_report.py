@@ -235,6 +235,10 @@ def test_the_temperature_and_the_tuning_time_come_from_the_runs_it_was_made_from
     (row,) = report.compare(["samples"], root=tmp_path).rows
     assert row.temperature == 0.3
     assert row.tuning_seconds == run.info.seconds
+    best = {"method": {"n": 4, "temperature": None}}
+    with Run.start("best", command="steer", config=best, recipe="s", inputs=["tune"], root=tmp_path) as argmax:
+        argmax.write_samples(pose("base", count=4)[0])
+    assert report.compare(["best"], root=tmp_path).rows[0].temperature is None
     with Run.start("noted", command="sample", config={}, recipe="s", inputs=["tune"], root=tmp_path) as noted:
         noted.write_samples(pose("base", count=4)[0])
         noted.write_json("metrics.json", {"temperature": 0.7, "note": "temperature is nominal"})
@@ -267,7 +271,7 @@ def test_terminal_tables_fit_and_lose_nothing(compared: report.Comparison) -> No
         report.show(compared, console)
         text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert max(map(len, text.splitlines())) <= width
-        for word in ("21.5", "(25%)", "nominal", "768", "+1.087 ± 0.079"):
+        for word in ("21.5", "(25%)", "nominal", "768", "+1.086 ± 0.079"):
             assert word in text
 
 
