@@ -46,7 +46,9 @@ class QuadraticReward:
     def rank_one(a: Sequence[float] | Tensor, y: float, sigma: float) -> QuadraticReward:
         """Return r(x) = -(y - a . x)^2 / (2 sigma^2), a measurement of one direction."""
         a = torch.as_tensor(a, dtype=torch.float64)
-        return QuadraticReward(a.outer(a) / sigma**2, y * a / sigma**2, torch.tensor(-(y**2) / (2 * sigma**2)))
+        return QuadraticReward(
+            a.outer(a) / sigma**2, y * a / sigma**2, torch.tensor(-(y**2) / (2 * sigma**2), dtype=a.dtype)
+        )
 
     def __truediv__(self, temperature: float) -> QuadraticReward:
         return QuadraticReward(self.A / temperature, self.b / temperature, self.c / temperature)
@@ -120,13 +122,12 @@ class GaussianMixture(nn.Module):
 
     def velocity(self, x: State, t: Times, path: Path) -> State:
         """Return v(x, t) = alpha' E[x0 | x_t] + sigma' E[x1 | x_t], (B, d)."""
-        alpha, sigma = path.alpha(t)[:, None, None], path.sigma(t)[:, None, None]
+        alpha, alpha_dot = path.alpha(t)[:, None, None], path.alpha_dot(t)[:, None, None]
         z, variance = self._centred(x, t, path)
         share = self._log_joint(x, t, path).softmax(1)[:, :, None]
         clean = self.means + torch.einsum("kij,bkj->bki", self.vectors, alpha * self.values / variance * z)
-        noise = torch.einsum("kij,bkj->bki", self.vectors, sigma / variance * z)
-        alpha_dot, sigma_dot = path.alpha_dot(t)[:, None, None], path.sigma_dot(t)[:, None, None]
-        return (share * (alpha_dot * clean + sigma_dot * noise)).sum(1)
+        noise = torch.einsum("kij,bkj->bki", self.vectors, z / variance)  # E[x1 | x_t] / sigma
+        return (share * (alpha_dot * clean + path.half_variance_dot(t)[:, None, None] * noise)).sum(1)
 
     def tilt(self, reward: QuadraticReward) -> GaussianMixture:
         """Return the mixture p(x) exp(r(x)) / Z: precisions C^-1 + A, means moved, weights by their evidence."""

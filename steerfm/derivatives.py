@@ -31,7 +31,7 @@ def directional_derivative(
 
     method: "forward" (exact, one pass) or "central" ((f(p + h d) - f(p - h d)) / 2h, error of order h^2, two
     more passes, works through every layer and under torch.compile). step: h. Gradients flow through both
-    results. Raises DerivativeError, naming the layer of `network`, where forward mode is impossible.
+    results. Raises DerivativeError, naming the layer of `network`, where forward mode alone is impossible.
     """
     if method == "central":
         plus = function(*(p + step * d for p, d in zip(primals, tangents, strict=True)))
@@ -46,6 +46,8 @@ def directional_derivative(
         with sdpa_kernel(SDPBackend.MATH):
             value, derivative = torch.func.jvp(function, tuple(primals), tuple(tangents))  # type: ignore[misc]
             return value, derivative
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError) as error:
         layer = _failing_layer(function, primals, tangents, network)
         if layer is None:
@@ -62,21 +64,30 @@ def _failing_layer(
     tangents: Sequence[Tensor],
     network: nn.Module | None,
 ) -> str | None:
-    """Run forward mode once more and return "'blocks.0.norm' (BatchNorm1d)", the innermost layer that failed."""
+    """Run forward mode once more and return "'blocks.0.norm' (BatchNorm1d)", the innermost layer that failed.
+
+    A function that fails without tangents too raises here what it raises by itself.
+    """
     if network is None:
         return None
+    with torch.no_grad():
+        function(*primals)
     inside: list[str] = []
     names = {module: name for name, module in network.named_modules()}
     enter = [m.register_forward_pre_hook(lambda m, _: inside.append(names[m])) for m in names]
-    leave = [m.register_forward_hook(lambda *_: inside.pop() and None) for m in names]
+    leave = [m.register_forward_hook(lambda *_: _drop_last(inside)) for m in names]
     try:
         with sdpa_kernel(SDPBackend.MATH):
             torch.func.jvp(function, tuple(primals), tuple(tangents))
     except (RuntimeError, NotImplementedError):
         if inside:
             layer = network.get_submodule(inside[-1])
-            return f"'{inside[-1]}' ({type(layer).__name__})"
+            return f"'{inside[-1] or 'network'}' ({type(layer).__name__})"
     finally:
         for handle in enter + leave:
             handle.remove()
     return None
+
+
+def _drop_last(items: list[str]) -> None:
+    items.pop()

@@ -135,6 +135,7 @@ class FlowMap(nn.Module):
 
     def velocity(self, x: State, t: Times | float, condition: Condition | None = None) -> State:
         """Return v(x, t) = u(x, t, t), the velocity of the path; shape (B, *dim)."""
+        t = as_times(t, x)
         return self.average_velocity(x, t, t, condition)
 
     def jump(self, x: State, s: Times | float, t: Times | float, condition: Condition | None = None) -> State:

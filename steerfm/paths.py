@@ -42,13 +42,21 @@ class Path:
         """Return d sigma / dt."""
         raise NotImplementedError
 
+    def half_variance_dot(self, t: Tensor) -> Tensor:
+        """Return sigma sigma', half the rate of the noise's variance; finite also where sigma' is not."""
+        return self.sigma(t) * self.sigma_dot(t)
+
     def determinant(self, t: Tensor) -> Tensor:
         """Return d = alpha sigma' - alpha' sigma, positive on (0, 1]."""
         return self.alpha(t) * self.sigma_dot(t) - self.alpha_dot(t) * self.sigma(t)
 
+    def sigma_determinant(self, t: Tensor) -> Tensor:
+        """Return sigma d = alpha sigma sigma' - alpha' sigma^2, finite on [0, 1]; linear path: t."""
+        return self.alpha(t) * self.half_variance_dot(t) - self.alpha_dot(t) * self.sigma(t) ** 2
+
     def eta(self, t: Tensor) -> Tensor:
         """Return eta = sigma d / alpha, which joins velocity, score and value; infinite where alpha = 0."""
-        return self.sigma(t) * self.determinant(t) / self.alpha(t)
+        return self.sigma_determinant(t) / self.alpha(t)
 
     def interpolate(self, x0: State, x1: State, t: Times) -> State:
         """Return x_t = alpha x0 + sigma x1; shape (B, *dim)."""
@@ -79,7 +87,7 @@ class Path:
 
     def gentle_noise(self, t: Times) -> Times:
         """Return g^2 = 2 sigma d, finite everywhere; linear path: 2 t. The default of trajectory tilting."""
-        return 2 * self.sigma(t) * self.determinant(t)
+        return 2 * self.sigma_determinant(t)
 
     def memoryless_noise(self, t: Times, offset: float) -> Times:
         """Return g^2 = 2 eta with alpha raised by its value one step before t = 1; linear path: 2 t / (1 - t + h).
@@ -88,7 +96,7 @@ class Path:
         trajectory are then independent as h -> 0 (Domingo-Enrich et al. 2024, arXiv 2409.08861, section 4).
         """
         floor = self.alpha(torch.full_like(t, 1 - offset))
-        return 2 * self.sigma(t) * self.determinant(t) / (self.alpha(t) + floor)
+        return 2 * self.sigma_determinant(t) / (self.alpha(t) + floor)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ class VariancePreserving(Path):
     """alpha = exp(-(beta_max - beta_min) t^2 / 4 - beta_min t / 2), sigma = sqrt(1 - alpha^2).
 
     The variance-preserving diffusion of Song et al. 2021, arXiv 2011.13456, appendix C. alpha(1) is 0.0066
-    and not 0: noise at t = 1 is taken as N(0, I), as everyone does. sigma' is infinite at t = 0.
+    and not 0: noise at t = 1 is taken as N(0, I), as everyone does. sigma' is infinite at t = 0, and bounded
+    here by its value at t = 1e-7, where sigma = 1e-4, so that nothing at t = 0 is infinite times zero.
     """
 
     beta_min: float = 0.1
@@ -147,4 +156,7 @@ class VariancePreserving(Path):
         return -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t) * self.alpha(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
+        return self.half_variance_dot(t) / self.sigma(t).clamp_min(1e-4)
+
+    def half_variance_dot(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.alpha_dot(t)
