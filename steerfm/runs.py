@@ -188,14 +188,14 @@ class Run:
         """Write tensors as safetensors to `name` inside the folder, atomically."""
         self.write_bytes(name, safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write bytes to `name` inside the folder, atomically; nothing happens outside the main process."""
         path = self.folder / checked_name(name, "file name")
         if not is_main_process():
             return
         if not self.writes:
             raise RunError(f"The run {self.folder} is open for reading only, so {name} was not written to it.")
-        files.write_atomic(path, data)
+        files.write_atomic(path, data, durable=durable)
 
     def write_samples(
         self,
@@ -212,7 +212,7 @@ class Run:
         """
         batches = [samples] if isinstance(samples, Samples) else list(samples)
         for name, png in records.pictures(batches):
-            self.write_bytes(name, png)
+            self.write_bytes(name, png, durable=False)  # can be drawn again from x0
         self.write_tensors("samples.safetensors", {"x0": records.stack([batch.x0 for batch in batches])})
         self.write_text("samples.jsonl", records.lines(batches, held_out or {}, reward_unclamped))
         notes = {batch.note for batch in batches if batch.note} - {self.info.note}

@@ -118,7 +118,7 @@ def reference_row(geometry: Geometry, reference: Tensor, label: str, run: str) -
     """Return the row of the real data: its own diversity, and half against half."""
     spread, halves = diversity(reference), None
     if geometry.reference is not None and len(reference) >= 4 and bool(reference.isfinite().all()):
-        halves = frechet_between_halves(reference, repeats=16 if reference[0].numel() <= 256 else 1)
+        halves = frechet_between_halves(reference, repeats=8 if reference[0].numel() <= 256 else 1)
     return Row(
         label,
         "reference",
