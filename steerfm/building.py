@@ -34,12 +34,16 @@ _Class = TypeVar("_Class", bound=type)
 
 def is_trusted(dotted: str, trusted: Sequence[str] = ()) -> bool:
     """Say whether `dotted` may be imported: steerfm itself, the allowed list, or a package the user trusts."""
-    parts = dotted.split(".")
-    if any(not part.isidentifier() or part.startswith("_") for part in parts):
+    if not _is_public(dotted):
         return False
+    parts = dotted.split(".")
     if parts[0] == "steerfm" or parts[0] in trusted or any(dotted.startswith(f"{name}.") for name in trusted):
         return True
     return dotted in ALLOWED_NAMES or ".".join(parts[:-1]) in ALLOWED_MODULES
+
+
+def _is_public(dotted: str) -> bool:
+    return all(part.isidentifier() and not part.startswith("_") for part in dotted.split("."))
 
 
 def resolve(dotted: str, trusted: Sequence[str] = ()) -> Any:
@@ -50,6 +54,11 @@ def resolve(dotted: str, trusted: Sequence[str] = ()) -> Any:
     """
     if not is_trusted(dotted, trusted):
         package = dotted.split(".")[0]
+        if not _is_public(dotted):
+            raise TrustError(
+                f"'{dotted}' has a part that is private or no name, and such a path is never imported: "
+                "give the class a public name in a module of its own."
+            )
         raise TrustError(
             f"'{dotted}' is not on the list of trusted names, so it was not imported. "
             f"If you wrote it or trust who did, allow its package: --trust {package}"
@@ -85,9 +94,9 @@ def _check_home(target: Any, dotted: str, trusted: Sequence[str]) -> None:
     if not callable(target) or home is None:
         raise ConfigError(f"'{dotted}' names {type(target).__name__}, and a class or function is needed.")
     package = home.split(".")[0]
-    if package in {"steerfm", "torch", "lightning", *(name.split(".")[0] for name in trusted)}:
-        if package != "torch" or dotted.startswith("torch.optim."):
-            return
+    listed = package in {"steerfm", "lightning"} or (package == "torch" and dotted.startswith("torch.optim."))
+    if listed or package in {name.split(".")[0] for name in trusted}:
+        return
     raise TrustError(f"'{dotted}' is only borrowed from '{home}', which is not trusted: --trust {package}")
 
 
@@ -99,12 +108,22 @@ def remembered(cls: _Class) -> _Class:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is cls:
             bound = inspect.signature(original).bind(self, *args, **kwargs)
-            arguments = dict(list(bound.arguments.items())[1:])
-            object.__setattr__(self, "_arguments", arguments)
+            object.__setattr__(self, "_arguments", _by_name(bound))
         original(self, *args, **kwargs)
 
     cls.__init__ = init
     return cls
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any] | None:
+    """Return the arguments after the first by name, or None where one was given that no name can give back."""
+    arguments: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = bound.signature.parameters[name].kind
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            return None
+        arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return arguments
 
 
 def describe(obj: Any) -> Any:
@@ -121,7 +140,7 @@ def describe(obj: Any) -> Any:
         return {str(key): describe(value) for key, value in obj.items()}
     if hasattr(obj, "tolist"):  # tensors and arrays
         return obj.tolist()
-    if hasattr(obj, "_arguments"):
+    if getattr(obj, "_arguments", None) is not None:
         arguments = obj._arguments
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         arguments = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}

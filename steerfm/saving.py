@@ -16,7 +16,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from steerfm.building import build, describe
-from steerfm.errors import CheckpointError
+from steerfm.errors import CheckpointError, ConfigError, TrustError
 from steerfm.files import write_atomic
 
 if TYPE_CHECKING:
@@ -43,13 +43,24 @@ def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
 
 def save_flow_map(flow_map: FlowMap, folder: Path) -> Path:
     """Write the map into `folder` and return it. Raises RunError where it cannot be written."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()}
+    tensors = _unshared({name: tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()})
     text = json.dumps(
         {"format": FORMAT, "weights": flow_map.weights, "flow_map": describe_flow_map(flow_map)}, indent=2
     )
     write_atomic(folder / WEIGHTS_NAME, serialise(tensors))
     write_atomic(folder / JSON_NAME, text.encode())
     return folder
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with a copy of each that shares its memory with an earlier one, as tied weights do."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return result
 
 
 def load_flow_map(
@@ -61,6 +72,8 @@ def load_flow_map(
     trusted: Sequence[str] = (),
 ) -> FlowMap:
     """Load a map from its folder, a run folder, or a Lightning checkpoint; see FlowMap.load."""
+    if weights not in (None, "ema", "raw"):
+        raise ConfigError(f"weights is 'ema', 'raw' or None, got '{weights}'.")
     if path.is_dir():
         folder = path if (path / JSON_NAME).exists() else path / "map"
         description, tensors, taken = _read_folder(folder, path, weights)
@@ -80,10 +93,10 @@ def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, d
         raise CheckpointError(f"{asked} holds no flow map: neither {JSON_NAME} nor map/{JSON_NAME} is there.")
     try:
         saved = json.loads((folder / JSON_NAME).read_text())
-        description, taken = saved["flow_map"], saved["weights"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / JSON_NAME} is damaged ({error}): save the map again.") from error
-    if saved.get("format", 0) > FORMAT:
+        description, taken, version = dict(saved["flow_map"]), saved["weights"], int(saved["format"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / JSON_NAME} is damaged ({error!r}): save the map again.") from error
+    if version > FORMAT:
         raise CheckpointError(f"{folder / JSON_NAME} was written by a newer steerfm: upgrade steerfm to load it.")
     if weights is not None and weights != taken:
         raise CheckpointError(f"{folder} holds the {taken} weights only: load the run's checkpoint for {weights}.")
@@ -91,7 +104,7 @@ def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, d
         return description, load_file(folder / WEIGHTS_NAME), taken
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy it beside {JSON_NAME}.") from error
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged ({error}): copy or save it again.") from error
 
 
@@ -111,7 +124,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path, weights: str | None) -> tuple[Any, dict[str, Tensor], str]:
     checkpoint = read_checkpoint(path)
-    if "flow_map" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"flow_map", "state_dict"} <= set(checkpoint):
         raise CheckpointError(f"{path} holds no flow map: it was not written by FlowMapTraining or RewardFineTuning.")
     raw = {
         name.removeprefix("flow_map."): tensor
@@ -136,11 +149,24 @@ def _rebuild(
         description = {**description, "network": None}
     elif not description.get("network"):
         raise CheckpointError(f"{path} was saved with a network of your own: FlowMap.load(path, network=MyNet(...)).")
-    parts = {name: build(value, trusted) for name, value in description.items() if name != "_target_"}
-    return cls(**{**parts, "network": network if network is not None else parts["network"]})
+    try:
+        parts = {name: build(value, trusted) for name, value in description.items() if name != "_target_"}
+        return cls(**{**parts, "network": network if network is not None else parts["network"]})
+    except TrustError as error:
+        raise TrustError(f"{error} (or, from Python, FlowMap.load(path, network=MyNet(...)))") from error
+    except Exception as error:  # whatever a constructor makes of damaged or foreign arguments
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"The flow map in {path} cannot be built from its description ({type(error).__name__}: {detail}): "
+            "load it with the version of steerfm that saved it, or save it again."
+        ) from error
 
 
 def _fill(flow_map: FlowMap, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights, in the floating type they were saved in where it is one."""
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        flow_map.to(types.pop())
     try:
         flow_map.load_state_dict(dict(tensors))
     except RuntimeError as error:

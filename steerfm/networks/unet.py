@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +20,9 @@ class _Block(nn.Module):
 
     def __init__(self, inside: int, outside: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(min(groups, inside), inside)
+        self.norm1 = _norm(groups, inside)
         self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
-        self.norm2 = nn.GroupNorm(min(groups, outside), outside)
+        self.norm2 = _norm(groups, outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
         self.modulation = nn.Linear(width, 2 * outside)
         self.skip = nn.Conv2d(inside, outside, 1) if inside != outside else nn.Identity()
@@ -40,7 +41,7 @@ class _Attention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(min(groups, channels), channels)
+        self.norm = _norm(groups, channels)
         self.enter = nn.Conv2d(channels, 3 * channels, 1)
         self.leave = nn.Conv2d(channels, channels, 1)
         start_at_zero(self.leave)
@@ -76,6 +77,10 @@ class UNet(nn.Module):
         super().__init__()
         self.data_shape = tuple(data_shape)
         _check_shape(self.data_shape, len(channels))
+        if attention_heads and channels[-1] % attention_heads:
+            raise ConfigError(
+                f"attention_heads must divide the last of channels, {channels[-1]}: got {attention_heads}."
+            )
         width = 4 * channels[0]
         self.time = TimeEmbedding(width, frequencies, max_rate)
         self.classes = ClassEmbedding(num_classes, width) if num_classes else None
@@ -92,7 +97,7 @@ class UNet(nn.Module):
             sizes = [inside + outside] + [outside] * (blocks - 1)
             self.up.append(nn.ModuleList(_Block(size, outside, width, groups) for size in sizes))
             inside = outside
-        self.norm = nn.GroupNorm(min(groups, inside), inside)
+        self.norm = _norm(groups, inside)
         self.leave = nn.Conv2d(inside, data_shape[0], 3, padding=1)
         start_at_zero(self.leave)
 
@@ -111,6 +116,11 @@ class UNet(nn.Module):
                 h = functional.interpolate(h, scale_factor=2.0, mode="nearest")
             h = _through(group, torch.cat([h, skips.pop()], 1), embedding)
         return self.leave(functional.silu(self.norm(h)))
+
+
+def _norm(groups: int, channels: int) -> nn.GroupNorm:
+    """Return a group norm of as many of `groups` groups as divide the channels."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels)
 
 
 def _through(group: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
