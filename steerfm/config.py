@@ -360,7 +360,7 @@ def _left_out(line: str, part: str, walked: list[str], node: Any, trusted: Seque
 
 def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
     """Return the config as plain containers, or raise ConfigError for a value that the user must give."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = list(_missing(OmegaConf.to_container(config, resolve=False)))
     if missing:
         example = _example(missing[0], library)
         raise ConfigError(f"Recipe '{recipe}' needs a value for '{missing[0]}': add {example}")
@@ -369,6 +369,15 @@ def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"Recipe '{recipe}': {str(error).splitlines()[0]}") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    """Yield the dotted keys whose value is `???`."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
+        yield from _missing(value, f"{key}.{name}" if key else str(name))
+    if node == "???":
+        yield key
 
 
 def _example(key: str, library: Library) -> str:

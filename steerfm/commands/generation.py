@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -18,6 +19,17 @@ from steerfm.distributed import world
 from steerfm.modules import SteeredSampling
 from steerfm.runs import Run
 from steerfm.types import Samples
+
+
+class Collector(Callback):
+    """Keep the samples of every batch, on the CPU: Lightning itself keeps no frozen dataclass."""
+
+    def __init__(self) -> None:
+        self.batches: list[Samples] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Keep what `predict_step` returned."""
+        self.batches.append(_on_cpu(outputs))
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
@@ -48,10 +60,11 @@ def generate(recipe: Composed) -> Path:
 def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
     """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
     data = recipe.build("data")
-    callbacks = [common.ProgressBar(len(data.predict_dataloader()))]
+    collector = Collector()
+    callbacks = [common.ProgressBar(len(data.predict_dataloader())), collector]
     trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
-    batches = trainer.predict(module, data) or []
-    return _from_all_processes([batch for batch in batches if isinstance(batch, Samples)])
+    trainer.predict(module, data, return_predictions=False)
+    return _from_all_processes(collector.batches)
 
 
 def _from_all_processes(batches: list[Samples]) -> list[Samples]:
@@ -60,7 +73,7 @@ def _from_all_processes(batches: list[Samples]) -> list[Samples]:
     if count == 1:
         return batches
     found: list[Any] = [None] * count
-    dist.all_gather_object(found, [_on_cpu(batch) for batch in batches])
+    dist.all_gather_object(found, batches)
     return [batch for part in found for batch in part]
 
 

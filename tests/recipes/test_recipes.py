@@ -1,0 +1,152 @@
+"""Every recipe that ships composes, is checked, and runs: two steps of training, two samples, one comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steerfm import config
+from steerfm.cli import main
+from steerfm.config import Library
+
+LIBRARY = Library()
+RECIPES = {recipe.name: recipe for recipe in LIBRARY.recipes()}
+COMMANDS = {name: config.preview([f"recipe={name}"])["command"] for name in RECIPES}
+FITTED = sorted(name for name, command in COMMANDS.items() if command in ("train", "finetune"))
+SAMPLED = sorted(name for name, command in COMMANDS.items() if command in ("sample", "steer"))
+
+# What makes a run tiny, by the first key of the recipe that it needs.
+TINY = {
+    "trainer.max_steps": ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "checkpoint_every=1"],
+    "network.width": ["network.width=16", "network.depth=1"],
+    "module.flow_matching_steps": ["module.flow_matching_steps=1"],
+    "module.model.vision_cfg": ["module.model.vision_cfg.layers=1", "module.model.text_cfg.layers=1"],
+    "data.prompts_per_step": ["data.prompts_per_step=4"],
+    "data.batch_size": ["data.batch_size=8"],
+    "data.seeds": ["seeds=[3,5]"],
+    "method.particles": ["method.particles=2", "method.jumps=2"],
+    "points": ["points=moons"],
+}
+NEEDS = {"map": "digits", "clip": "digits_clip"}  # a missing value, and the recipe whose run fills it
+
+
+def find(values: Any, key: str) -> bool:
+    """Say whether a dotted key is in nested dictionaries."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def tiny(name: str, *more: str) -> list[str]:
+    """Return the arguments that run a recipe in a moment."""
+    values = config.preview([f"recipe={name}", *[text for text in more if text.startswith(("method=", "reward="))]])
+    steps = values.get("trainer", {}).get("max_steps", -1) > 0
+    chosen = [text for key, texts in TINY.items() if find(values, key) for text in texts]
+    if not steps:
+        chosen = [text for text in chosen if not text.startswith(("trainer.max_steps", "checkpoint_every"))]
+    if steps and find(values, "trainer.val_check_interval"):
+        chosen.append("trainer.val_check_interval=2")
+    needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
+    chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
+    return [COMMANDS[name], f"recipe={name}", f"name={name}", *chosen, *more]
+
+
+@pytest.fixture(scope="session")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the runs that other recipes need have been made."""
+    folder = tmp_path_factory.mktemp("kitchen")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("digits", "digits_clip", "moons"):
+            assert main(tiny(name)) == 0
+    return folder
+
+
+@pytest.fixture
+def here(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(kitchen)
+    return kitchen
+
+
+def read(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_two_steps_are_taken_and_what_was_learnt_is_saved(name: str, here: Path):
+    if not (here / "runs" / name).exists():
+        assert main(tiny(name)) == 0
+    run = here / "runs" / name
+    assert read(run)["status"] == "finished"
+    assert {"step=00000001.ckpt", "step=00000002.ckpt", "last.ckpt"} == {p.name for p in (run / "checkpoints").iterdir()}
+    saved = yaml.safe_load((run / "config.yaml").read_text())["save_as"]
+    assert any((run / saved).glob("*.safetensors"))
+    assert "loss" in json.loads((run / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_two_samples_are_drawn_and_kept(name: str, here: Path):
+    assert main(tiny(name)) == 0
+    rows = [json.loads(line) for line in (here / "runs" / name / "samples.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [3, 5]
+    assert all(row["cost"]["network_calls"] > 0 for row in rows)
+    assert (here / "runs" / name / "reference.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", sorted(set(LIBRARY.options("method")) - {"unsteered", "direct"}))
+def test_every_steering_method_steers(method: str, here: Path):
+    assert main(tiny("digits_steer", f"method={method}", f"name={method}")) == 0
+    rows = [json.loads(line) for line in (here / "runs" / method / "samples.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["reward"], float) and 0 <= row["held_out"]["judge"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("objective", sorted(LIBRARY.options("objective")))
+def test_every_objective_trains(objective: str, here: Path):
+    assert main(tiny("digits", f"objective={objective}", f"name=objective_{objective}")) == 0
+
+
+def test_the_unet_trains(here: Path):
+    small = ["network=unet", "network.channels=[8,8]", "~network.depth", "~network.width"]
+    arguments = [text for text in tiny("digits") if not text.startswith(("network.", "name="))]
+    assert main([*arguments, *small[:2], "name=unet"]) == 0
+
+
+def test_runs_are_compared(here: Path, capsys: pytest.CaptureFixture[str]):
+    for method in ("best_of_n", "guidance"):
+        if not (here / "runs" / method).exists():
+            assert main(tiny("digits_steer", f"method={method}", f"name={method}")) == 0
+    assert main(["compare", "runs=[best_of_n,guidance]", "report=wandb", "name=both"]) == 0
+    assert (here / "runs" / "both" / "page.html").stat().st_size > 1000
+    assert any((here / "runs" / "both" / "wandb").glob("offline-run-*"))
+    assert "page.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_says_what_to_type_and_what_to_expect(name: str):
+    first, second, *_ = RECIPES[name].header
+    typed, _, needs = first.partition("   ")
+    assert typed.startswith(f"steerfm {COMMANDS[name]} ")
+    assert f"recipe={name}" in typed.split() or COMMANDS[name] == name
+    assert needs.strip()
+    assert second.startswith("expect: ")
+
+
+@pytest.mark.parametrize("trainer", sorted(LIBRARY.options("trainer")))
+@pytest.mark.parametrize("logger", sorted(LIBRARY.options("logger")))
+def test_every_trainer_and_logger_is_checked(trainer: str, logger: str, here: Path):
+    config.compose("train", ["recipe=digits", f"trainer={trainer}", f"logger={logger}", "trainer.max_steps=2"])
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY.options("demo")))
+def test_every_stage_of_a_demo_is_checked(name: str, here: Path):
+    from steerfm.commands import demo
+
+    for stage in demo.read(name, LIBRARY):
+        overrides = [f"recipe={stage.recipe}", f"name={stage.name}", *stage.overrides]
+        assert config.compose(stage.command, overrides).values["name"] == stage.name
