@@ -55,6 +55,11 @@ class Source:
         """Return the (prompt, seed) pair of every sample."""
         return [(row["prompt"], row["seed"]) for row in self.rows]
 
+    @property
+    def has_pictures(self) -> bool:
+        """Say whether the samples were kept as pictures (points are not)."""
+        return bool(self.rows) and self.samples.picture(0) is not None
+
     def names(self, group: str) -> list[str]:
         """Return the names in a group of values ("held_out" or "parts"), in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row[group]))

@@ -1,4 +1,4 @@
-"""Keep a comparison in a run folder of its own: page.html, table.json, table.md, wandb/."""
+"""Keep a comparison in a run folder of its own: page.html, pictures.png, table.json, table.md, wandb/."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from steerfm.provenance import plain
 from steerfm.report.compare import Comparison, Pair
 from steerfm.report.page import page
+from steerfm.report.sheet import sheet
 from steerfm.report.terminal import markdown
 from steerfm.report.wandb import log_comparison, resolve_mode
 from steerfm.runs import Run, run_fingerprint
@@ -59,6 +60,8 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
     }
     run.write_json("table.json", table)
     run.write_text("table.md", markdown(comparison))
+    if all(source.has_pictures for source in comparison.sources):
+        run.write_bytes("pictures.png", sheet(comparison))
     log_comparison(comparison, run.folder, mode=mode, name=run.info.name)
     run.write_text("page.html", page(comparison, title))
 

@@ -556,3 +556,25 @@ def test_wandb_that_is_down_keeps_the_run_offline(
 def test_importing_the_report_imports_no_wandb() -> None:
     code = "import sys, steerfm.report; sys.exit('wandb' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_sheet_puts_the_same_seeds_under_each_other(six: Path, compared: report.Comparison, tmp_path: Path) -> None:
+    folder = report.write_comparison(compared, tmp_path / "with_sheet").parent
+    with Image.open(folder / "pictures.png") as image:
+        drawn = np.asarray(image.convert("RGB"))
+    rows, columns = len(compared.sources), 12
+    assert drawn.shape[0] == rows * 52 + 4 and drawn.shape[1] > columns * 52
+    left = drawn.shape[1] - columns * 52
+    for row, source in enumerate(compared.sources):
+        path = source.samples.picture(0)
+        assert path is not None
+        with Image.open(path) as image:
+            original = np.asarray(image.convert("RGB"))
+        cell = drawn[4 + 52 * row : 52 + 52 * row, left : left + 48]
+        assert (cell[3::6, 3::6] == original).all(), "a cell does not show its sample's pixels"
+
+
+def test_points_have_no_sheet(tmp_path: Path) -> None:
+    points_run(tmp_path, "moons")
+    folder = report.write_comparison(report.compare(["moons"], root=tmp_path), tmp_path / "c").parent
+    assert (folder / "page.html").exists() and not (folder / "pictures.png").exists()
