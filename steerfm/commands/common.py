@@ -31,6 +31,8 @@ NO_CONCERN = (
     ".*Your `IterableDataset` has `__len__` defined",  # each process yields its own rows
     ".*torch.jit.script. is deprecated",
     ".*does not have many workers",  # batches are made in microseconds
+    ".*You passed in a `val_dataloader` but have no `validation_step`",
+    ".*is smaller than the logging interval",
 )
 
 
@@ -118,9 +120,11 @@ def trainer(recipe: Composed, run: Run, **extra: Any) -> Any:
     return recipe.build("trainer", default_root_dir=str(run.folder), **extra)
 
 
-def callbacks(recipe: Composed) -> list[Any]:
-    """Build the recipe's callbacks, in its order; those set to null are left out."""
-    return [callback for callback in (recipe.build("callbacks") or {}).values() if callback is not None]
+def callbacks(recipe: Composed, steps: int) -> list[Any]:
+    """Build the recipe's callbacks, in its order, without those set to null; with a progress bar unless it is off."""
+    built = [callback for callback in (recipe.build("callbacks") or {}).values() if callback is not None]
+    shown = recipe.values["trainer"].get("enable_progress_bar", True)
+    return [*built, ProgressBar(steps)] if shown else built
 
 
 @contextlib.contextmanager

@@ -77,10 +77,8 @@ def last_good(run: Run) -> Path | None:
 
 
 def _trainer(recipe: Composed, run: Run, logger: Any) -> Any:
-    steps = recipe.values["trainer"].get("max_steps", -1)
-    callbacks = [*common.callbacks(recipe), _checkpoints(run, recipe.values["checkpoint_every"])]
-    if recipe.values["trainer"].get("enable_progress_bar", True):
-        callbacks.append(common.ProgressBar(steps))
+    callbacks = common.callbacks(recipe, recipe.values["trainer"].get("max_steps", -1))
+    callbacks.append(_checkpoints(run, recipe.values["checkpoint_every"]))
     return common.trainer(recipe, run, callbacks=callbacks, logger=logger)
 
 

@@ -61,7 +61,7 @@ def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Sample
     """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
     data = recipe.build("data")
     collector = Collector()
-    callbacks = [common.ProgressBar(len(data.predict_dataloader())), collector]
+    callbacks = [*common.callbacks(recipe, len(data.predict_dataloader())), collector]
     trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
     trainer.predict(module, data, return_predictions=False)
     return _from_all_processes(collector.batches)
