@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -111,10 +111,20 @@ class Samples:
     def __len__(self) -> int:
         return len(self.x0)
 
+    def to(self, device: torch.device | str) -> Samples:
+        """Return the samples with every tensor on `device`; Trainer.predict brings them to the CPU by it."""
+        return Samples(**{each.name: _moved(getattr(self, each.name), device) for each in fields(self)})
+
 
 def unsqueeze_like(values: Tensor, like: Tensor) -> Tensor:
     """Return `values` (B,) with trailing dimensions of size one, so that it multiplies `like` (B, *dim)."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, dict):
+        return {name: tensor.to(device) for name, tensor in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _column(keep: Tensor, like: Tensor) -> Tensor:
