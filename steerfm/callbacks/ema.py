@@ -26,6 +26,7 @@ class EMA(Callback):
         self.decay = decay
         self.updates = 0
         self.average: dict[str, Tensor] = {}
+        self.swapped = False  # the average stands in the module, and the raw weights here
 
     @property
     def state_key(self) -> str:
@@ -39,7 +40,8 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainable = dict(_trainable(pl_module))
-        if set(self.average) != set(trainable):
+        afresh = trainer.ckpt_path is None and trainer.global_step == 0  # what an earlier fit left is another map's
+        if afresh or set(self.average) != set(trainable):
             self.average = {name: p.detach().clone() for name, p in trainable.items()}
             self.updates = 0
         self.average = {name: tensor.to(trainable[name].device) for name, tensor in self.average.items()}
@@ -61,6 +63,11 @@ class EMA(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the raw weights back where an error or Ctrl-C ended validation early."""
+        if self.swapped:
+            self._swap(pl_module)
+
     @contextmanager
     def applied(self, pl_module: LightningModule) -> Iterator[None]:
         """Put the average in place of the weights inside the block, and the weights back after it."""
@@ -77,6 +84,7 @@ class EMA(Callback):
                 raw = parameter.detach().clone()
                 parameter.copy_(self.average[name])
                 self.average[name].copy_(raw)
+        self.swapped = not self.swapped
 
 
 @contextmanager

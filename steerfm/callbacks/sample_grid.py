@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerfm import images
 from steerfm.callbacks.ema import averaged
+from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.sampling import Unsteered
 
@@ -39,21 +40,29 @@ class SampleGrid(Callback):
         self.prompts = list(prompts)
         self.limit = limit
         self.scale = scale
+        self.written = 0  # the last step that has a picture
+        if every < 1:
+            raise ConfigError(f"every counts steps and must be at least 1, got {every}.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every == 0 and trainer.global_step != self.written:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, pl_module)
+        if trainer.global_step != self.written:
+            self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.written = trainer.global_step
         if not trainer.is_global_zero:
             return
-        flow_map = pl_module.flow_map
-        assert isinstance(flow_map, FlowMap)
+        flow_map = getattr(pl_module, "flow_map", None)
+        if not isinstance(flow_map, FlowMap):
+            raise ConfigError(
+                f"SampleGrid draws a module's flow_map, and {type(pl_module).__name__} has none: drop it."
+            )
         with averaged(pl_module):
             sheet = self.sheet(flow_map)
         step = trainer.global_step
