@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steerfm.callbacks.ema import averaged
 from steerfm.distributed import world
 from steerfm.errors import ConfigError, TrainingError
+from steerfm.flow_map import FlowMap
 from steerfm.types import Values
 
 
@@ -43,7 +47,8 @@ def step_generator(module: lightning.LightningModule, seed: int) -> torch.Genera
 
 def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -> None:
     """Raise TrainingError, naming the loss and the interval, where a loss is not finite."""
-    bad = ~torch.isfinite(losses.detach())
+    losses = losses.detach()
+    bad = ~torch.isfinite(losses)
     if bad.any():
         i = int(bad.nonzero()[0, 0])
         raise TrainingError(
@@ -51,6 +56,16 @@ def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -
             f"t = {float(t[i]):.4f} ({int(bad.sum())} of {len(losses)} samples): lower the learning rate, clip "
             "gradients (trainer.gradient_clip_val=1), or look at the data."
         )
+
+
+def save_averaged(module: lightning.LightningModule, flow_map: FlowMap, folder: str | os.PathLike[str]) -> Path:
+    """Write the module's flow map into `folder`, with EMA weights where its trainer averages; return the folder."""
+    with averaged(module) as weights:
+        own, flow_map.weights = flow_map.weights, weights
+        try:
+            return flow_map.save(folder)
+        finally:
+            flow_map.weights = own
 
 
 class Guest:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from steerfm.callbacks.ema import averaged
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import configure, require_finite, step_generator
+from steerfm.modules.common import configure, require_finite, save_averaged, step_generator
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.saving import describe_flow_map
@@ -51,7 +50,7 @@ class FlowMapTraining(lightning.LightningModule):
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
-        self.flow_map = flow_map
+        self.flow_map = flow_map.train()
         self.objective = objective or Lagrangian()
         self.times = times or Triangle()
         self.weighting = weighting or Uniform()
@@ -80,21 +79,23 @@ class FlowMapTraining(lightning.LightningModule):
         self, batch: dict[str, Any], generator: torch.Generator, diagonal_only: bool
     ) -> tuple[Values, Tensor, Tensor]:
         """Return the unweighted loss of each row and its times; raises TrainingError where one is not finite."""
-        x0 = batch["x0"]
+        x0, flow_map = batch["x0"], self.flow_map.with_guidance(1.0)  # guidance is for sampling
         x1 = torch.randn(x0.shape, generator=generator).to(x0)
         s, t = (times.to(x0) for times in self.times(len(x0), generator))
         rows = len(x0) if diagonal_only else self.times.diagonal_rows(len(x0))
         if diagonal_only:
             t = s = torch.rand(len(x0), generator=generator).to(x0)
         condition = self._condition(batch["prompt"], generator)
-        on = flow_matching(self.flow_map, x0[:rows], x1[:rows], s[:rows], _rows(condition, slice(rows)))
-        require_finite(on, "flow_matching", self.global_step, s[:rows], t[:rows])
-        if rows == len(x0):
-            return on, s, t
-        off = slice(rows, None)
-        rule = self.objective(self.flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off), generator)
-        require_finite(rule, type(self.objective).__name__, self.global_step, s[off], t[off])
-        return torch.cat([on, rule]), s, t
+        losses = []
+        if rows:
+            on = slice(rows)
+            losses.append(flow_matching(flow_map, x0[on], x1[on], s[on], _rows(condition, on)))
+            require_finite(losses[-1], "flow_matching", self.global_step, s[on], t[on])
+        if rows < len(x0):
+            off = slice(rows, None)
+            losses.append(self.objective(flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off), generator))
+            require_finite(losses[-1], _name(self.objective), self.global_step, s[off], t[off])
+        return torch.cat(losses), s, t
 
     def _condition(self, prompts: list[str], generator: torch.Generator) -> Condition | None:
         condition = self.flow_map.encode_prompts(prompts)
@@ -112,9 +113,11 @@ class FlowMapTraining(lightning.LightningModule):
 
     def save(self, folder: str | Path) -> Path:
         """Write the flow map into `folder`, with EMA weights where the trainer averages."""
-        with averaged(self) as weights:
-            self.flow_map.weights = weights
-            return self.flow_map.save(folder)
+        return save_averaged(self, self.flow_map, folder)
+
+
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", type(objective).__name__)
 
 
 def _rows(condition: Condition | None, rows: slice) -> Condition | None:

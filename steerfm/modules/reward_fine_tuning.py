@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from steerfm.callbacks.ema import averaged
 from steerfm.divergence import monitor
 from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.finetuning import DirectBackprop
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import Guest, configure, step_generator
+from steerfm.modules.common import Guest, configure, save_averaged, step_generator
 from steerfm.reward import as_reward
 from steerfm.saving import describe_flow_map
 from steerfm.types import State
@@ -109,6 +108,4 @@ class RewardFineTuning(lightning.LightningModule):
 
     def save(self, folder: str | Path) -> Path:
         """Write the tuned flow map into `folder`, with EMA weights where the trainer averages."""
-        with averaged(self) as weights:
-            self.flow_map.weights = weights
-            return self.flow_map.save(folder)
+        return save_averaged(self, self.flow_map, folder)

@@ -37,8 +37,8 @@ class SteeredSampling(lightning.LightningModule):
         self._held_out = [Guest(as_reward(r)) for r in held_out]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Samples:
-        reward = None if self._reward is None else self._reward.on(self.device)
-        with torch.inference_mode(False):  # guidance differentiates
+        with torch.inference_mode(False):  # guidance differentiates, and a reward moved in inference mode could not
+            reward = None if self._reward is None else self._reward.on(self.device)
             samples = self.method(self.flow_map, reward, prompts=batch["prompt"], seeds=batch["seed"])
             return self._judged(samples, reward)
 
