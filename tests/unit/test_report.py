@@ -475,7 +475,7 @@ def test_a_comparison_is_a_run_folder(six: Path, compared: report.Comparison, tm
     assert page == tmp_path / "compared" / "page.html"
     assert (run.info.command, run.info.status) == ("compare", "finished")
     assert {path.name for path in run.folder.iterdir()} == {
-        "config.yaml", "run.json", "table.json", "table.md", "page.html", ".lock",
+        "config.yaml", "run.json", "table.json", "table.md", "pictures.png", "page.html", ".lock",
     }  # fmt: skip
     table = json.loads((run.folder / "table.json").read_text())
     assert table["rows"] == json.loads(json.dumps(compared.table()))
