@@ -40,7 +40,8 @@ def load(split: str = "all") -> Scans:
     A pixel that scikit-learn gives as 0..16 becomes x / 8 - 1. Raises DataError for an unknown split.
     """
     if split not in SPLITS:
-        raise DataError(f"The digits have no split '{split}'{nearest(split, SPLITS)} They have: {', '.join(SPLITS)}.")
+        near = nearest(split, SPLITS) or "."
+        raise DataError(f"The digits have no split '{split}'{near} They have: {', '.join(SPLITS)}.")
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerfm.errors import ConfigError
 
-STREAMS = ("initial", "step", "resample", "select", "posterior", "training", "validation")
+STREAMS = ("initial", "step", "resample", "select", "posterior", "training", "validation", "data")
 
 
 def generator(seed: int, stream: str = "initial", step: int = 0) -> np.random.Generator:
@@ -25,12 +25,17 @@ def generator(seed: int, stream: str = "initial", step: int = 0) -> np.random.Ge
 
     Raises ConfigError for a negative seed or an unknown stream.
     """
-    if seed < 0:
-        raise ConfigError(f"A seed must be a whole number of at least 0, got {seed}.")
-    if stream not in STREAMS:
-        raise ConfigError(f"Unknown random stream '{stream}'; the streams are {', '.join(STREAMS)}.")
-    sequence = np.random.SeedSequence(entropy=int(seed), spawn_key=(STREAMS.index(stream), step))
-    return np.random.Generator(np.random.Philox(sequence))
+    return np.random.Generator(np.random.Philox(_sequence(seed, stream, step)))
+
+
+def torch_generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
+    """Return torch's generator on the CPU that belongs to (seed, stream, step); raises as `generator` does.
+
+    torch looks at the low 32 bits of a seed alone: seed and stream are mixed into those and the step is added,
+    so that no two steps of a stream share a generator.
+    """
+    start = int(_sequence(seed, stream).generate_state(1)[0])
+    return torch.Generator().manual_seed((start + step) % 2**32)
 
 
 def noise(
@@ -51,3 +56,11 @@ def noise(
 def uniform(seeds: Sequence[int], *, stream: str = "resample", step: int = 0) -> Tensor:
     """Return one uniform number in [0, 1) for each seed, shape (len(seeds),), float64 on the CPU."""
     return torch.tensor([generator(seed, stream, step).random() for seed in seeds], dtype=torch.float64)
+
+
+def _sequence(seed: int, stream: str, *steps: int) -> np.random.SeedSequence:
+    if seed < 0:
+        raise ConfigError(f"A seed must be a whole number of at least 0, got {seed}.")
+    if stream not in STREAMS:
+        raise ConfigError(f"Unknown random stream '{stream}'; the streams are {', '.join(STREAMS)}.")
+    return np.random.SeedSequence(entropy=int(seed), spawn_key=(STREAMS.index(stream), *steps))

@@ -36,8 +36,8 @@ class Labels(nn.Module):
         for prompt in prompts:
             name = prompt.strip().lower()
             if name not in self.labels:
-                known = ", ".join(repr(c) for c in self.classes)
-                raise ConfigError(f"No class is called '{prompt}'{nearest(name, self.labels)} Known: {known}, or ''.")
+                known, near = ", ".join(repr(c) for c in self.classes), nearest(name, self.labels) or "."
+                raise ConfigError(f"No class is called '{prompt}'{near} Known: {known}, or ''.")
             labels.append(self.labels[name])
         return Condition({"label": torch.tensor(labels)})
 

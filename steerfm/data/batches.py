@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from steerfm.distributed import world
 from steerfm.errors import ConfigError
+from steerfm.seeds import torch_generator
 
 
 class StepBatches(IterableDataset):
@@ -54,7 +55,7 @@ def epoch_indices(size: int, step: int, batch_size: int, seed: int) -> Tensor:
 
 
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed((seed << 20) + epoch))
+    return torch.randperm(size, generator=torch_generator(seed, "data", epoch))
 
 
 class StepDataModule(lightning.LightningDataModule):

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from steerfm.data.batches import StepDataModule, own_rows
 from steerfm.errors import ConfigError, nearest
+from steerfm.seeds import torch_generator
 
 
 def checkerboard(n: int, generator: Generator | None = None) -> Tensor:
@@ -62,29 +63,33 @@ class Points(StepDataModule):
         self, kind: str = "checkerboard", batch_size: int = 1024, validation_size: int = 2048, seed: int = 0
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ConfigError(
-                f"There are no points of the kind '{kind}'{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}."
-            )
+        _check_kind(kind)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
         self.kind = kind
         self.batch_size = batch_size
         self.validation_size = validation_size
         self.seed = seed
 
     def batch(self, step: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = torch_generator(self.seed, "data", step)
         x0 = KINDS[self.kind](self.batch_size, generator)[own_rows(self.batch_size)]
         return {"x0": x0, "prompt": [""] * len(x0)}
 
     def validation_batch(self) -> dict[str, Any] | None:
         if self.validation_size == 0:
             return None
-        generator = torch.Generator().manual_seed((self.seed << 32) + (1 << 31))
-        return {"x0": KINDS[self.kind](self.validation_size, generator), "prompt": [""] * self.validation_size}
+        x0 = KINDS[self.kind](self.validation_size, torch_generator(self.seed, "validation"))
+        return {"x0": x0, "prompt": [""] * self.validation_size}
 
 
 def point_cloud(kind: str, n: int = 4096, seed: int = 1) -> Tensor:
     """Return (n, 2) points of a kind, as what samples are compared with."""
-    if kind not in KINDS:
-        raise ConfigError(f"There are no points of the kind '{kind}'{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+    _check_kind(kind)
     return KINDS[kind](n, torch.Generator().manual_seed(seed))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        near = nearest(kind, KINDS) or "."
+        raise ConfigError(f"There are no points of the kind '{kind}'{near} Kinds: {', '.join(KINDS)}.")

@@ -16,6 +16,7 @@ from steerfm.callbacks.ema import averaged
 from steerfm.distributed import world
 from steerfm.errors import ConfigError, TrainingError
 from steerfm.flow_map import FlowMap
+from steerfm.seeds import torch_generator
 from steerfm.types import Values
 
 
@@ -41,8 +42,7 @@ def step_generator(module: lightning.LightningModule, seed: int) -> torch.Genera
     rank, count = world()
     trainer = module.trainer
     batches = trainer.fit_loop.epoch_loop.total_batch_idx
-    number = (max(batches, 0) * count + rank) * 1_000_003 + seed
-    return torch.Generator().manual_seed(number)
+    return torch_generator(seed, "training", max(batches, 0) * count + rank)
 
 
 def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -> None:

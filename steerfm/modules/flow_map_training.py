@@ -18,6 +18,7 @@ from steerfm.modules.common import configure, require_finite, save_averaged, ste
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.saving import describe_flow_map
+from steerfm.seeds import torch_generator
 from steerfm.times import TimeLaw, Triangle
 from steerfm.types import Condition, Values
 
@@ -69,7 +70,7 @@ class FlowMapTraining(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with torch.enable_grad():  # finite where training is; forward mode does not mind
-            losses, s, t = self.losses(batch, torch.Generator().manual_seed(self.seed), False)
+            losses, s, t = self.losses(batch, torch_generator(self.seed, "validation"), False)
         diagonal = s == t
         for name, rows in (("flow_matching", losses[diagonal]), ("consistency", losses[~diagonal])):
             if len(rows):
