@@ -107,7 +107,7 @@ class GaussianMixture(nn.Module):
     def log_prob(self, x: State) -> Values:
         """Return log p(x), (B,)."""
         zeros = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        return self._log_joint(x, zeros, Linear()).logsumexp(1)
+        return self._log_joint(*self._centred(x, zeros, Linear())).logsumexp(1)
 
     def _centred(self, x: State, t: Times, path: Path) -> tuple[Tensor, Tensor]:
         """Return x - alpha mu_k in the eigenbases, and its variances; both (B, K, d)."""
@@ -115,19 +115,21 @@ class GaussianMixture(nn.Module):
         z = torch.einsum("kij,bki->bkj", self.vectors, x[:, None] - alpha * self.means)
         return z, alpha**2 * self.values + sigma**2
 
-    def _log_joint(self, x: State, t: Times, path: Path) -> Tensor:
-        """Return log of w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2 I), (B, K)."""
-        z, variance = self._centred(x, t, path)
+    def _log_joint(self, z: Tensor, variance: Tensor) -> Tensor:
+        """Return log of w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2 I), (B, K), from what `_centred` returns."""
         return self.log_weights - 0.5 * (z**2 / variance + variance.log() + math.log(2 * math.pi)).sum(2)
 
     def velocity(self, x: State, t: Times, path: Path) -> State:
-        """Return v(x, t) = alpha' E[x0 | x_t] + sigma' E[x1 | x_t], (B, d)."""
-        alpha, alpha_dot = path.alpha(t)[:, None, None], path.alpha_dot(t)[:, None, None]
+        """Return v(x, t) = alpha' E[x0 | x_t] + sigma' E[x1 | x_t], (B, d).
+
+        Given k the two means are mu_k + Q_k (alpha l_k / variance_k z_k) and Q_k (sigma / variance_k z_k).
+        """
         z, variance = self._centred(x, t, path)
-        share = self._log_joint(x, t, path).softmax(1)[:, :, None]
-        clean = self.means + torch.einsum("kij,bkj->bki", self.vectors, alpha * self.values / variance * z)
-        noise = torch.einsum("kij,bkj->bki", self.vectors, z / variance)  # E[x1 | x_t] / sigma
-        return (share * (alpha_dot * clean + path.half_variance_dot(t)[:, None, None] * noise)).sum(1)
+        share = self._log_joint(z, variance).softmax(1)
+        alpha_dot = path.alpha_dot(t)[:, None]
+        rate = (path.alpha(t)[:, None] * alpha_dot)[:, :, None] * self.values + path.half_variance_dot(t)[:, None, None]
+        spread = torch.einsum("kij,bkj->bi", self.vectors, share[:, :, None] * rate / variance * z)
+        return alpha_dot * (share @ self.means) + spread
 
     def tilt(self, reward: QuadraticReward) -> GaussianMixture:
         """Return the mixture p(x) exp(r(x)) / Z: precisions C^-1 + A, means moved, weights by their evidence."""
@@ -147,7 +149,7 @@ class GaussianMixture(nn.Module):
         clean = self.means + torch.einsum("kij,bkj->bki", self.vectors, alpha * self.values / variance * z)
         spread = self.values * sigma**2 / variance
         covariance = torch.einsum("kij,bkj,klj->bkil", self.vectors, spread, self.vectors)
-        share = self._log_joint(x, t, path).log_softmax(1)
+        share = self._log_joint(z, variance).log_softmax(1)
         return (share + _log_expected_exp(reward, clean, covariance)).logsumexp(1)
 
 
