@@ -52,18 +52,19 @@ def load(model: str, weights: str | Path | None = None, cache_dir: str | Path | 
     import open_clip
 
     name, pretrained = _source(model, None if weights is None else str(weights))
+    cache = None if cache_dir is None else str(cache_dir)
     with _quiet_root():
         try:
             _refuse_code(open_clip.get_model_config(name), name)
-            net = open_clip.create_model(
+            net: Any = open_clip.create_model(
                 name,
                 pretrained=pretrained,
                 force_quick_gelu=_is_quick_gelu(name, pretrained),
                 require_pretrained=True,
                 weights_only=True,
-                cache_dir=None if cache_dir is None else str(cache_dir),
+                cache_dir=cache,
             )
-            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache)
         except (RewardError, TrustError):
             raise
         except Exception as error:
