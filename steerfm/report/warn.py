@@ -60,7 +60,7 @@ def _about_two(first: Source, other: Source) -> list[str]:
             f"{both} differ in prompts: {len(prompts & others)} in common, "
             f"{len(others - prompts)} only in the former, {len(prompts - others)} only in the latter."
         )
-    elif mine != theirs:
+    elif not (mine <= theirs or theirs <= mine):  # more of the same seeds compare on those in common
         found.append(
             f"{both} differ in seeds: {len(mine & theirs)} (prompt, seed) pairs in common, "
             f"of {len(theirs)} and {len(mine)}."
