@@ -125,8 +125,9 @@ def compose(
 
 
 def preview(overrides: Sequence[str], *, folders: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Return a recipe as composed, with `???` where a value is missing; nothing is checked, imported or built."""
-    composed = _compose([Library(folders).search_path(), *overrides])
+    """Return a recipe as composed, with `???` where a value is missing; nothing is checked or built."""
+    parsed, _ = _typed_reward(parse(overrides))
+    composed = _compose([Library(folders).search_path(), *(override.input_line or "" for override in parsed)])
     values = OmegaConf.to_container(composed, resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 

@@ -33,6 +33,8 @@ NO_CONCERN = (
     ".*does not have many workers",  # batches are made in microseconds
     ".*You passed in a `val_dataloader` but have no `validation_step`",
     ".*is smaller than the logging interval",
+    ".*your dataloader is not resumable",  # it is: a batch is a function of the step
+    ".*Total length of `list` across ranks is zero",  # a recipe without validation
 )
 
 
@@ -95,9 +97,9 @@ def logger(recipe: Composed, run: Run) -> Any:
 
 def close(built: Any) -> None:
     """Let a W&B run end with its stage, so that the next one in this process does not write into it."""
-    experiment = getattr(built, "_experiment", None)
-    if hasattr(experiment, "finish"):
-        experiment.finish()
+    finish = getattr(getattr(built, "_experiment", None), "finish", None)
+    if finish is not None:
+        finish()
 
 
 class ProgressBar(TQDMProgressBar):

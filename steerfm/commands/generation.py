@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -19,17 +17,6 @@ from steerfm.distributed import world
 from steerfm.modules import SteeredSampling
 from steerfm.runs import Run
 from steerfm.types import Samples
-
-
-class Collector(Callback):
-    """Keep the samples of every batch, on the CPU: Lightning itself keeps no frozen dataclass."""
-
-    def __init__(self) -> None:
-        self.batches: list[Samples] = []
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Keep what `predict_step` returned."""
-        self.batches.append(_on_cpu(outputs))
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
@@ -60,11 +47,10 @@ def generate(recipe: Composed) -> Path:
 def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
     """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
     data = recipe.build("data")
-    collector = Collector()
-    callbacks = [*common.callbacks(recipe, len(data.predict_dataloader())), collector]
+    callbacks = common.callbacks(recipe, len(data.predict_dataloader()))
     trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
-    trainer.predict(module, data, return_predictions=False)
-    return _from_all_processes(collector.batches)
+    batches = trainer.predict(module, data) or []
+    return _from_all_processes([batch for batch in batches if isinstance(batch, Samples)])
 
 
 def _from_all_processes(batches: list[Samples]) -> list[Samples]:
@@ -75,17 +61,6 @@ def _from_all_processes(batches: list[Samples]) -> list[Samples]:
     found: list[Any] = [None] * count
     dist.all_gather_object(found, batches)
     return [batch for part in found for batch in part]
-
-
-def _on_cpu(batch: Samples) -> Samples:
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    tensors = {name: value.cpu() for name, value in fields.items() if isinstance(value, Tensor)}
-    tables = {
-        name: {key: value.cpu() for key, value in table.items()}
-        for name, table in fields.items()
-        if isinstance(table, dict)
-    }
-    return dataclasses.replace(batch, **tensors, **tables)
 
 
 def _keep(run: Run, batches: Sequence[Samples], reference: Tensor | None) -> None:

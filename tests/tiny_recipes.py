@@ -1,0 +1,55 @@
+"""Recipes made so small that they run in a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from steerfm import config
+from steerfm.config import Library
+
+LIBRARY = Library()
+RECIPES = {recipe.name: recipe for recipe in LIBRARY.recipes()}
+COMMANDS = {name: config.preview([f"recipe={name}"])["command"] for name in RECIPES}
+
+# What makes a run tiny, by the first key of the recipe that it needs.
+TINY = {
+    "trainer.max_steps": ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "checkpoint_every=1"],
+    "network.width": ["network.width=16", "network.depth=1"],
+    "module.flow_matching_steps": ["module.flow_matching_steps=1"],
+    "module.model.vision_cfg": ["module.model.vision_cfg.layers=1", "module.model.text_cfg.layers=1"],
+    "data.prompts_per_step": ["data.prompts_per_step=4"],
+    "data.batch_size": ["data.batch_size=8"],
+    "data.seeds": ["seeds=[3,5]"],
+    "method.particles": ["method.particles=2", "method.jumps=2"],
+    "points": ["points=moons"],
+}
+NEEDS = {"map": "digits", "clip": "digits_clip"}  # a missing value, and the recipe whose run fills it
+
+
+def find(values: Any, key: str) -> bool:
+    """Say whether a dotted key is in nested dictionaries."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def tiny(name: str, *more: str) -> list[str]:
+    """Return the arguments that run a recipe in a moment."""
+    values = config.preview([f"recipe={name}", *[text for text in more if text.startswith(("method=", "reward="))]])
+    steps = values.get("trainer", {}).get("max_steps", -1) > 0
+    chosen = [text for key, texts in TINY.items() if find(values, key) for text in texts]
+    if not steps:
+        chosen = [text for text in chosen if not text.startswith(("trainer.max_steps", "checkpoint_every"))]
+    if steps and find(values, "trainer.val_check_interval"):
+        chosen.append("trainer.val_check_interval=2")
+    needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
+    chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
+    return [COMMANDS[name], f"recipe={name}", f"name={name}", *chosen, *more]
+
+
+def read(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
