@@ -1,17 +1,21 @@
 """Directional derivatives of a network, in forward mode or by central differences: one place for their traps.
 
 Forward mode cannot pass through flash attention (the math kernel is used around it), a few layers have no
-forward rule (the error names them), and torch.no_grad does not stop a tangent (detach does).
+forward rule (the error names them), torch.no_grad does not stop a tangent (detach does), and a gradient that
+goes back through the tangent of PyTorch's layer norm is wrong (its definition is used in its place).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from steerfm.errors import ConfigError, DerivativeError
 
@@ -43,7 +47,7 @@ def directional_derivative(
         if primal.ndim == 0:
             raise DerivativeError("Forward mode needs batch-shaped times: got a tensor without dimensions.")
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _forward_mode():
             value, derivative = torch.func.jvp(function, tuple(primals), tuple(tangents))  # type: ignore[misc]
             return value, derivative
     except torch.OutOfMemoryError:
@@ -56,6 +60,68 @@ def directional_derivative(
             f"Forward mode cannot pass through {layer} ({str(error).splitlines()[0]}): "
             "replace the layer, or use derivative='central'."
         ) from error
+
+
+@contextlib.contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Choose what has a forward mode, and a right gradient through it, inside the block."""
+    # Under torch.compile nothing goes back through a tangent: that does not compile at all.
+    norms = contextlib.nullcontext() if torch.compiler.is_compiling() else _PlainNorms()
+    with sdpa_kernel(SDPBackend.MATH), norms:
+        yield
+
+
+class _PlainNorms(TorchFunctionMode):
+    """Work out layer norm and instance norm by their definitions.
+
+    The fused ones take their saved mean and deviation for constants when a gradient goes back through the
+    tangent (pytorch/pytorch issue 196700, open): no error, and a gradient that is off by a tenth and more.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.layer_norm:
+            func = _layer_norm
+        elif func is functional.instance_norm and args[0].ndim > 2:
+            func = _instance_norm
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _scale_and_shift(_standardise(x, range(-len(normalized_shape), 0), eps), weight, bias)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None:  # kept as a buffer: right in evaluation, and an error in training, as in batch norm
+        return functional.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    per_channel = [None if p is None else p.reshape(-1, *[1] * (x.ndim - 2)) for p in (weight, bias)]
+    return _scale_and_shift(_standardise(x, range(2, x.ndim), eps), *per_channel)
+
+
+def _standardise(x: Tensor, dimensions: Sequence[int], eps: float) -> Tensor:
+    centred = x - x.mean(tuple(dimensions), keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(tuple(dimensions), keepdim=True) + eps)
+
+
+def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
 
 
 def _failing_layer(
@@ -77,7 +143,7 @@ def _failing_layer(
     enter = [m.register_forward_pre_hook(lambda m, _: inside.append(names[m])) for m in names]
     leave = [m.register_forward_hook(lambda *_: _drop_last(inside)) for m in names]
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _forward_mode():
             torch.func.jvp(function, tuple(primals), tuple(tangents))
     except (RuntimeError, NotImplementedError):
         if inside:

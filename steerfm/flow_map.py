@@ -214,8 +214,9 @@ def as_times(t: Any, x: Tensor) -> Times:
             raise ConfigError(f"t needs one time a sample, shape ({len(x)},), got {tuple(t.shape)}.")
         watched = t.device.type == "cpu" and not torch.compiler.is_compiling() and len(t) > 0
         if watched and not torch._C._functorch.is_functorch_wrapped_tensor(t):  # type: ignore[attr-defined]
-            _check_range(float(t.min()), slack=0.05)
-            _check_range(float(t.max()), slack=0.05)
+            low, high = t.detach().aminmax()
+            _check_range(float(low), slack=0.05)
+            _check_range(float(high), slack=0.05)
         return t.to(x.dtype)
     _check_range(float(t))
     return torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
