@@ -128,7 +128,7 @@ class FlowMap(nn.Module):
         return free + self.guidance_scale * (guided - free)
 
     def _predict(self, x: State, s: Times, t: Times, condition: Condition | None) -> State:
-        output = self.network(x, s, t, condition)
+        output = self.network(x, s, t, condition).to(x.dtype)  # autocast may have made it bfloat16
         if self.output == "denoised":
             return (x - output) / unsqueeze_like(s.clamp_min(SMALLEST_SOURCE), x)
         return output
