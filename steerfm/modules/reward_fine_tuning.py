@@ -69,7 +69,7 @@ class RewardFineTuning(lightning.LightningModule):
         shape = (len(prompts), *self.flow_map.data_shape)
 
         def draw(step: int) -> State:
-            return torch.randn(shape, generator=generator).to(self.device)
+            return torch.randn(shape, generator=generator).to(self.device, self.flow_map.dtype)
 
         reference, reward = self._reference.on(self.device), self._reward.on(self.device)
         condition = self.flow_map.encode_prompts(prompts)
