@@ -82,7 +82,8 @@ def systematic_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
     places = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform.to(weights)[:, None]) / count
     edges = weights.cumsum(-1)
     edges = edges / edges[:, -1:]
-    return torch.searchsorted(edges, places, right=True).clamp_max(count - 1)
+    below_one = places.clamp_max(1 - 2**-53)  # rounded up to 1 it would fall to the last particle, whatever its weight
+    return torch.searchsorted(edges, below_one, right=True)
 
 
 def resample_across(states: Tensor, log_weights: Values, uniform: float) -> Tensor:
