@@ -1,0 +1,176 @@
+"""What both of two processes compute: run as `python pair.py RANK COUNT FOLDER`; nothing here needs Lightning.
+
+The test computes the same with COUNT = 1 in its own process, by calling `compute`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from steerfm.conditions import Labels
+from steerfm.digits import CAPTIONS
+from steerfm.distributed import gather, group_statistics, mean_and_std, resample_across, shard, world
+from steerfm.finetuning import DirectBackprop
+from steerfm.flow_map import FlowMap
+from steerfm.networks.mlp import MLP, randomise
+from steerfm.networks.unet import UNet
+from steerfm.objectives import Compositional, FlowMatching, Lagrangian, MeanFlow
+from steerfm.reward import as_reward
+from steerfm.steering import FlowMapTilting
+
+ROWS = 8  # of the global batch
+SPLIT = 3  # where the uneven rows of `functions` are divided
+NETWORKS = ("mlp", "unet")
+OBJECTIVES = {
+    "flow_matching": FlowMatching(),
+    "lagrangian": Lagrangian(),
+    "lagrangian_central": Lagrangian(derivative="central"),
+    "compositional": Compositional(),
+    "mean_flow": MeanFlow(),
+}
+
+
+def flow_map(kind: str = "mlp", seed: int = 0) -> FlowMap:
+    """Return a random map in float64, which sums in any order to the same to 1e-12."""
+    if kind == "unet":
+        network: nn.Module = UNet(
+            (1, 8, 8), channels=(8, 8), num_classes=10, attention_heads=2, groups=2, frequencies=4
+        )
+    else:
+        network = MLP((1, 8, 8), width=16, depth=1, frequencies=4, num_classes=10)
+    randomise(network, seed=seed)
+    return FlowMap(network, conditioner=Labels(CAPTIONS)).double()
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Return normal numbers in float64 that depend on the seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def own(rows: Any) -> Any:
+    """Return this process's rows of a global batch."""
+    rank, count = world()
+    share = ROWS // count
+    return rows[rank * share : (rank + 1) * share]
+
+
+class Loss(nn.Module):
+    """One training step as a module, so that DDP sees the whole of it, as it does in Lightning."""
+
+    def __init__(self, network: FlowMap, step: Callable[[FlowMap], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.step = step
+
+    def forward(self) -> Tensor:
+        return self.step(self.network)
+
+
+def gradients(loss: Loss) -> dict[str, Tensor]:
+    """Return the gradients of the second of two steps: some mistakes only show then."""
+    run: nn.Module = DistributedDataParallel(loss) if world()[1] > 1 else loss
+    for _ in range(2):
+        loss.zero_grad()
+        run().backward()
+    return {name: p.grad for name, p in loss.network.named_parameters() if p.grad is not None}
+
+
+def prompts() -> list[str]:
+    return [CAPTIONS[i % 10] if i % 3 else "" for i in range(ROWS)]
+
+
+def objective_step(name: str) -> Callable[[FlowMap], Tensor]:
+    """Return the mean loss of an objective on this process's rows."""
+    x0, x1 = own(normal(1, ROWS, 1, 8, 8)), own(normal(2, ROWS, 1, 8, 8))
+    a, b = (normal(3 + i, ROWS).sigmoid() for i in range(2))
+    s, t = own(torch.maximum(a, b)), own(torch.minimum(a, b))
+
+    def step(network: FlowMap) -> Tensor:
+        condition = network.encode_prompts(own(prompts()))
+        return OBJECTIVES[name](network, x0, x1, s, t, condition).mean()
+
+    return step
+
+
+def tuning_step(penalty: Any) -> Callable[[FlowMap], Tensor]:
+    """Return the mean loss of direct back-propagation on this process's rows."""
+    reference, reward = (
+        flow_map(seed=7).requires_grad_(False),
+        as_reward(lambda images: images.square().mean((1, 2, 3))),
+    )
+    method = DirectBackprop(2, penalty=penalty)
+
+    def step(network: FlowMap) -> Tensor:
+        texts, x1 = own(prompts()), own(normal(9, ROWS, 1, 8, 8))
+        condition = network.encode_prompts(texts)
+        draw = lambda i: own(normal(20 + i, ROWS, 1, 8, 8))  # noqa: E731
+        return method(network, reference, reward, x1, texts, condition, 0.3, draw).loss.mean()
+
+    return step
+
+
+def all_gradients() -> Iterator[tuple[str, Tensor]]:
+    for kind in NETWORKS:
+        for name in OBJECTIVES:
+            for parameter, gradient in gradients(Loss(flow_map(kind), objective_step(name))).items():
+                yield f"gradient/{kind}/{name}/{parameter}", gradient
+    for penalty in ("noise", "path"):
+        for parameter, gradient in gradients(Loss(flow_map(), tuning_step(penalty))).items():
+            yield f"gradient/mlp/{penalty}/{parameter}", gradient
+
+
+def functions() -> Iterator[tuple[str, Tensor]]:
+    """Yield what the functions of steerfm.distributed return, on rows divided 3 and 5."""
+    rank, count = world()
+    mine = slice(None) if count == 1 else (slice(SPLIT), slice(SPLIT, None))[rank]
+    values, points = normal(30, ROWS)[mine], normal(31, ROWS, 2)[mine]
+    yield "gather/values", gather(values)
+    yield "gather/points", gather(points.requires_grad_(True))
+    yield "gather/long", gather(torch.arange(ROWS)[mine])
+    yield "gather/float32", gather(points.detach().float())
+    nothing = points.detach()[: len(points) if rank == 0 else 0]
+    yield "gather/one_is_empty", gather(nothing)
+    mean, std = mean_and_std(values)
+    yield "mean_and_std", torch.stack([mean, std])
+    for size in (2, 4, 8):  # groups lie across the division
+        yield f"own/group_mean/{size}", group_statistics(values, size)[0]
+        yield f"own/group_std/{size}", group_statistics(values, size)[1]
+    for i, uniform in enumerate((0.01, 0.5, 0.99)):
+        yield f"own/resampled/{i}", resample_across(points.detach(), 2 * values, uniform)
+
+
+def tilting() -> Iterator[tuple[str, Tensor]]:
+    """Yield populations whose seeds are divided over the processes."""
+    network, seeds = flow_map(), shard(list(range(5)))
+    reward = as_reward(lambda images: images[..., :4].mean((1, 2, 3)))
+    out = FlowMapTilting(6, 5, temperature=0.05)(network, reward, prompts=[CAPTIONS[2]], seeds=seeds)
+    assert out.log_weights is not None
+    yield "own/tilting/x0", out.x0
+    yield "own/tilting/log_weights", out.log_weights
+
+
+def compute() -> dict[str, Tensor]:
+    """Return everything by name; names that begin with own/ hold this process's rows."""
+    found = [*all_gradients(), *functions(), *tilting()]
+    return {name: tensor.detach().clone().contiguous() for name, tensor in found}
+
+
+def main(rank: int, count: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    save_file(compute(), folder / f"rank{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,80 @@
+"""One real DDP run of Lightning on two processes: training, fine-tuning and sampling (lightning_pair.py)."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import lightning_pair
+from distributed.lightning_pair import RATE, STEPS
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steerfm import BestOfN
+from steerfm.data.batches import own_rows
+from steerfm.seeds import torch_generator
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the run, made once."""
+    folder = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, str(HERE / "lightning_pair.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Tensor]]:
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+def test_weights_agree_over_ranks(ranks: list[dict[str, Tensor]]) -> None:
+    names = [name for name in ranks[0] if not name.startswith("own/")]
+    assert len(names) > 30
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in names)
+
+
+def test_training_is_that_of_one_process_given_the_same_rows(
+    ranks: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both processes' rows and noise, gone through here one after the other: the same weights after three steps."""
+    module, data = lightning_pair.training(), lightning_pair.data()
+    parameters = dict(module.named_parameters())
+    for step in range(STEPS):
+        total = 0.0
+        for rank in range(2):
+            monkeypatch.setattr("steerfm.data.batches.world", lambda rank=rank: (rank, 2))
+            assert own_rows(8) == slice(4 * rank, 4 * rank + 4)
+            losses, _, _ = module.losses(data.batch(step), torch_generator(0, "training", 2 * step + rank), False)
+            total = total + losses.mean() / 2
+        gradients = torch.autograd.grad(torch.as_tensor(total), list(parameters.values()))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter -= RATE * gradient
+    for name, parameter in parameters.items():
+        assert torch.allclose(parameter, ranks[0][f"training/{name}"], rtol=1e-9, atol=1e-12), name
+        assert not torch.equal(parameter, ranks[0][f"tuning/{name}"])
+
+
+def test_losses_by_interval_and_pictures_come_from_rank_zero(folder: Path) -> None:
+    with (folder / "training" / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["loss"]]
+    assert len(rows) == STEPS
+    assert all(row["loss_by_interval/diagonal"] for row in rows)
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step_0000002.png", "step_0000003.png"]
+
+
+def test_sampling_divides_the_pairs(ranks: list[dict[str, Tensor]]) -> None:
+    seeds = torch.cat([found["own/seeds"] for found in ranks])
+    assert seeds.tolist() == [0, 1, 2, 0, 1, 2]
+    prompts = [prompt for prompt in lightning_pair.CAPTIONS[:2] for _ in range(3)]
+    alone = BestOfN(2, 1, 0.1)(
+        lightning_pair.flow_map(), lightning_pair.brightness, prompts=prompts, seeds=seeds.tolist()
+    )
+    assert torch.allclose(torch.cat([found["own/x0"] for found in ranks]), alone.x0, rtol=1e-12, atol=1e-12)

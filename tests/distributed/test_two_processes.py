@@ -1,0 +1,85 @@
+"""Two gloo processes against one: gradients of every objective and method, gathering, resampling, populations.
+
+One pair of processes serves the whole file (pair.py says what they compute).
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import pair
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Tensor]:
+    """Return what one process computes."""
+    return pair.compute()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """Return what each of two processes computes."""
+    folder = tmp_path_factory.mktemp("pair")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "pair.py"), str(rank), "2", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["mlp/noise", "mlp/path", *(f"{n}/{o}" for n in ("mlp", "unet") for o in pair.OBJECTIVES)]
+)
+def test_gradients_equal_those_of_one_process(kind: str, one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
+    names = [name for name in one if name.startswith(f"gradient/{kind}/")]
+    assert len(names) > 10
+    assert max(float(one[name].abs().max()) for name in names) > 1e-3
+    for found in two:
+        for name in names:
+            assert torch.allclose(found[name], one[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_what_is_gathered_is_everything_on_both(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
+    names = [name for name in one if name.startswith(("gather/", "mean_and_std"))]
+    for name in names:
+        expected = one[name][: pair.SPLIT] if name == "gather/one_is_empty" else one[name]
+        for found in two:
+            assert found[name].dtype == expected.dtype
+            assert torch.allclose(found[name], expected, rtol=0, atol=1e-15), name
+
+
+def test_own_rows_join_to_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
+    names = [name for name in one if name.startswith("own/")]
+    assert len(names) == 11
+    for name in names:
+        assert torch.allclose(torch.cat([found[name] for found in two]), one[name], rtol=1e-12, atol=1e-12), name
+        divided = [2, 3] if "tilting" in name else [3, 5]
+        assert [len(found[name]) for found in two] == divided
+
+
+def test_one_process_means_what_it_says(one: dict[str, Tensor]) -> None:
+    values = pair.normal(30, pair.ROWS)
+    assert torch.allclose(one["mean_and_std"], torch.stack([values.mean(), values.std(unbiased=False)]))
+    groups = values.reshape(2, 4)
+    assert torch.allclose(one["own/group_mean/4"], groups.mean(1).repeat_interleave(4))
+    assert torch.allclose(one["own/group_std/4"], groups.std(1, unbiased=False).repeat_interleave(4))
+    assert math.isclose(float(one["gather/values"].sum()), float(values.sum()))

@@ -1,0 +1,62 @@
+"""steerfm.distributed on one process, where it does nothing but must mean the same; tests/distributed has two."""
+
+import pytest
+import torch
+
+from steerfm.distributed import (
+    gather,
+    group_statistics,
+    mean_and_std,
+    resample_across,
+    shard,
+    systematic_ancestors,
+    world,
+)
+from steerfm.errors import ConfigError
+
+
+def test_one_process_is_the_whole_world() -> None:
+    assert world() == (0, 1)
+    values = torch.randn(6, requires_grad=True)
+    assert torch.equal(gather(values), values)
+    assert not gather(values).requires_grad  # as on several: a baseline takes no gradient by accident
+    mean, std = mean_and_std(values)
+    assert mean.dtype == torch.float64
+    assert torch.allclose(mean.float(), values.mean())
+    assert torch.allclose(std.float(), values.std(unbiased=False))
+
+
+def test_groups_are_neighbours() -> None:
+    values = torch.tensor([1.0, 3.0, 10.0, 10.0, -1.0, 1.0], requires_grad=True)
+    mean, std = group_statistics(values, 2)
+    assert mean.tolist() == [2, 2, 10, 10, 0, 0]
+    assert std.tolist() == [1, 1, 0, 0, 1, 1]
+    assert mean.dtype == values.dtype
+    assert not mean.requires_grad
+    with pytest.raises(ConfigError, match="6 rows cannot be divided into groups of 4"):
+        group_statistics(values, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 12])
+def test_shares_are_contiguous_and_even(size: int, count: int) -> None:
+    items = list(range(size))
+    shares = [shard(items, rank, count) for rank in range(count)]
+    assert [item for share in shares for item in share] == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_resampling_gives_states_by_weight() -> None:
+    states = torch.arange(4.0)[:, None].expand(4, 2)
+    log_weights = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
+    assert resample_across(states, log_weights, 0.5)[:, 0].tolist() == [0, 0, 2, 3]
+    ancestors = systematic_ancestors(log_weights[None], torch.tensor([0.5], dtype=torch.float64))
+    assert torch.equal(resample_across(states, log_weights, 0.5), states[ancestors[0]])
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_a_particle_without_weight_has_no_offspring(uniform: float) -> None:
+    log_weights = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    ancestors = systematic_ancestors(log_weights, torch.full((2,), uniform, dtype=torch.float64))
+    assert set(ancestors[0].tolist()) == {1, 3}
+    assert ancestors[1].tolist() == [0, 0, 0, 0]
