@@ -1,0 +1,310 @@
+"""Objectives: what the exact map gives (MATHS.md, section 3), and where their gradients flow."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from exact import NAMES, PATHS, column, exact, gaussian, jvp, mixture, numbers, posterior_draws, uniforms
+from exact import within_standard_errors as near
+from torch import Tensor, nn
+
+from steerfm.analytic import GaussianMixture, analytic_flow_map
+from steerfm.conditions import Labels
+from steerfm.errors import ConfigError
+from steerfm.flow_map import FlowMap
+from steerfm.networks import MLP, UNet
+from steerfm.networks.mlp import randomise
+from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow, Uniform
+from steerfm.objectives.compositional import compositional
+from steerfm.objectives.eulerian import mean_flow
+from steerfm.objectives.flow_matching import flow_matching
+from steerfm.objectives.lagrangian import lagrangian
+from steerfm.objectives.weights import mean_square
+from steerfm.paths import Linear, Path
+from steerfm.types import Condition
+
+every_path = pytest.mark.parametrize("path", PATHS, ids=NAMES)
+DRAWS = 2_000
+
+
+def batch(data: GaussianMixture, n: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x0, x1 and times in both directions."""
+    x0 = data.sample(n, torch.Generator().manual_seed(0))
+    return x0, numbers(1, *x0.shape), uniforms(2, n, 0.1, 1.0), uniforms(3, n, 0.05, 1.0)
+
+
+# --- terms whose target is a velocity: zero on the exact map --------------------------------------------------
+
+
+@every_path
+def test_the_compositional_residual_is_zero(path: Path):
+    flow_map, (x0, x1, s, t) = exact(mixture(), path), batch(mixture())
+    for gamma in (torch.full_like(s, 0.5), uniforms(4, len(s))):
+        assert compositional(flow_map, x0, x1, s, t, gamma).sqrt().max() < 1e-9
+    wrong = torch.full_like(s, 0.3)
+    u, v = (flow_map.average_velocity(path.interpolate(x0, x1, s), s, end) for end in (t, torch.lerp(s, t, wrong)))
+    assert (u - v).abs().max() > 1e-3  # the two halves differ, so that swapping their weights would show
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [(gaussian(), path) for path in PATHS] + [(mixture(), Linear())],
+    ids=[*(f"gaussian {name}" for name in NAMES), "mixture"],
+)
+def test_the_lagrangian_residual_is_zero(data: GaussianMixture, path: Path):
+    x0, x1, s, t = batch(data)
+    steps = 8 if len(data.means) == 1 else 12
+    flow_map = analytic_flow_map(data, path, steps=steps, order=6)
+    assert lagrangian(flow_map, x0, x1, s, t).sqrt().max() < 1e-9
+
+
+def test_a_lagrangian_term_of_the_wrong_sign_is_not_zero():
+    """(s - t) for (t - s) in u = v(F, t) - (t - s) du/dt."""
+    x0, x1, s, t = batch(gaussian())
+    flow_map = exact(gaussian(), Linear())
+    x_s = flow_map.path.interpolate(x0, x1, s)
+    u = flow_map.average_velocity(x_s, s, t)
+    du = jvp(lambda time: flow_map.average_velocity(x_s, s, time), (t,), (torch.ones_like(t),))
+    end = flow_map.velocity(flow_map.jump(x_s, s, t), t)
+    assert (u - end + column(t - s) * du).abs().max() < 1e-9
+    assert (u - end + column(s - t) * du).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("objective", [lagrangian, mean_flow])
+def test_a_central_difference_misses_by_a_quarter_when_its_step_is_halved(objective: Callable[..., Tensor]):
+    flow_map, (x0, x1, s, t) = exact(mixture(), Linear()), batch(mixture())
+    s, t = s.clamp(0.3, 0.9), t.clamp(0.2, 0.9)
+    if objective is mean_flow:  # E[x0 | x_s] and E[x1 | x_s] for the pair put the velocity for w
+        x0, x1 = means(flow_map, flow_map.path.interpolate(x0, x1, s), s)
+    misses = [objective(flow_map, x0, x1, s, t, derivative="central", step=step).mean().sqrt() for step in (0.02, 0.01)]
+    assert float(misses[0] / misses[1]) == pytest.approx(4, rel=0.05)
+
+
+# --- terms with w for the velocity: zero on average -----------------------------------------------------------
+
+
+class Nudged(nn.Module):
+    """The exact network plus weights (B, d, k) times features of (x, s, t), a set of weights for each row.
+
+    At weights of zero the gradient of row i's loss is 2 / d times its residual times its features, whatever
+    the objective stops: the residual and the gradient of every sample, read off the objective itself.
+    """
+
+    def __init__(self, network: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.network = network
+        self.data_shape = network.data_shape
+        self.weights = nn.Parameter(torch.zeros(rows, 2, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        features = torch.cat([torch.ones_like(column(s)), x, column(s), column(t - s)], 1)
+        return self.network(x, s, t) + torch.einsum("ndk,nk->nd", self.weights, features)
+
+
+def nudged(path: Path) -> FlowMap:
+    """Return a map for DRAWS rows; its solver is good to 1e-5, far below the sampling error of 1e-2."""
+    return FlowMap(Nudged(analytic_flow_map(mixture(), path, steps=4, order=4).network, DRAWS), path=path)
+
+
+def gradients(flow_map: FlowMap, losses: Tensor) -> Tensor:
+    """Return each row's gradient, (DRAWS, d, 5); those of the constant feature are the residual."""
+    assert isinstance(flow_map.network, Nudged)
+    (gradient,) = torch.autograd.grad(losses.sum(), flow_map.network.weights)
+    return gradient
+
+
+@every_path
+def test_mean_residuals_vanish_at_a_fixed_point(path: Path):
+    """Over draws of (x0, x1) that meet in x_s: within four standard errors of zero."""
+    flow_map, x_s = nudged(path), torch.tensor([0.5, 0.3], dtype=torch.float64)
+    for s, t in ((0.7, 0.2), (0.4, 0.9)):
+        x0, x1 = posterior_draws(mixture(), path, x_s, s, DRAWS, seed=5)
+        source, target = (torch.full((DRAWS,), time, dtype=torch.float64) for time in (s, t))
+        losses = flow_matching(flow_map, x0, x1, source)
+        assert losses.mean() > 0.1  # the conditional variance of w stays
+        assert near(gradients(flow_map, losses)[:, :, 0], 0.0)
+        assert near(gradients(flow_map, mean_flow(flow_map, x0, x1, source, target))[:, :, 0], 0.0)
+
+        assert not near(mean_flow_residual(flow_map, x0, x1, source, target, sign=-1.0), 0.0)
+        w = path.tangent(x0, x1, source)
+        assert not near(flow_map.velocity(x_s.expand(DRAWS, 2), s) + w, 0.0)  # a velocity of the wrong sign
+
+
+@every_path
+def test_mean_gradients_vanish_over_the_data(path: Path):
+    """Over draws of (x0, x1, s, t): each of ten gradients within four standard errors of zero."""
+    flow_map = nudged(path)
+    x0 = mixture().sample(DRAWS, torch.Generator().manual_seed(6))
+    x1, s = numbers(7, DRAWS, 2), uniforms(8, DRAWS, 0.1, 1.0)
+    t = s * uniforms(9, DRAWS)
+    assert near(gradients(flow_map, flow_matching(flow_map, x0, x1, s)), 0.0)
+    assert near(gradients(flow_map, mean_flow(flow_map, x0, x1, s, t)), 0.0)
+
+    x_s = path.interpolate(x0, x1, s)
+    nudge = (flow_map.average_velocity(x_s, s, t) - flow_map.velocity(x_s, s)).detach()
+    right, wrong = (mean_flow_residual(flow_map, x0, x1, s, t, sign) for sign in (1.0, -1.0))
+    assert near((right * nudge).sum(1), 0.0)
+    assert not near((wrong * nudge).sum(1), 0.0)
+
+
+def test_the_residual_in_these_tests_is_that_of_the_objective():
+    flow_map, (x0, x1, s, t) = analytic_flow_map(mixture(), steps=2), batch(mixture())
+    mine = mean_square(mean_flow_residual(flow_map, x0, x1, s, t))
+    assert torch.allclose(mean_flow(flow_map, x0, x1, s, t), mine, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [(gaussian(), path) for path in PATHS] + [(mixture(), Linear())],
+    ids=[*(f"gaussian {name}" for name in NAMES), "mixture"],
+)
+def test_with_the_velocity_for_w_the_residuals_are_zero(data: GaussianMixture, path: Path):
+    """The pair (E[x0 | x_s], E[x1 | x_s]) has x_s for its point and v for its tangent."""
+    flow_map = analytic_flow_map(data, path, steps=8 if len(data.means) == 1 else 12, order=6)
+    x0, x1, s, t = batch(data)
+    x0, x1 = means(flow_map, path.interpolate(x0, x1, s), s)
+    assert flow_matching(flow_map, x0, x1, s).sqrt().max() < 1e-9
+    assert mean_flow(flow_map, x0, x1, s, t).sqrt().max() < 1e-9
+
+
+def means(flow_map: FlowMap, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return E[x0 | x_s] and E[x1 | x_s]."""
+    v = flow_map.velocity(x_s, s)
+    return flow_map.path.denoised(x_s, v, s), flow_map.path.noise(x_s, v, s)
+
+
+def mean_flow_residual(flow_map: FlowMap, x0: Tensor, x1: Tensor, s: Tensor, t: Tensor, sign: float = 1.0) -> Tensor:
+    """Return u - w - sign (t - s)(du/ds + grad u . w), written out anew; sign -1 is the mistake to be found."""
+    x_s, w = flow_map.path.interpolate(x0, x1, s), flow_map.path.tangent(x0, x1, s)
+    with torch.no_grad():
+        u = flow_map.average_velocity(x_s, s, t)
+        du = jvp(lambda x, source: flow_map.average_velocity(x, source, t), (x_s, s), (w, torch.ones_like(s)))
+    return u - w - sign * column(t - s) * du
+
+
+# --- where the gradients flow ---------------------------------------------------------------------------------
+
+
+def tiny() -> tuple[FlowMap, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    network = MLP((2,), width=8, depth=1)
+    randomise(network)
+    return FlowMap(network).double(), (numbers(10, 6, 2), numbers(11, 6, 2), uniforms(12, 6), uniforms(13, 6))
+
+
+def parameter_gradient(flow_map: FlowMap, losses: Tensor) -> Tensor:
+    parts = torch.autograd.grad(losses.sum(), list(flow_map.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() < 1e-9 * b.norm())
+
+
+def speed(flow_map: FlowMap, x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return dF/dt by reverse mode, differentiable once more."""
+    time = t.clone().requires_grad_()
+    F = flow_map.jump(x_s, s, time)
+    return torch.stack([torch.autograd.grad(F[:, i].sum(), time, create_graph=True)[0] for i in range(2)], 1)
+
+
+def test_the_lagrangian_teaches_the_speed_and_stops_the_velocity():
+    flow_map, (x0, x1, s, t) = tiny()
+    teacher = copy.deepcopy(flow_map).requires_grad_(False)
+    x_s = flow_map.path.interpolate(x0, x1, s)
+    target = teacher.velocity(teacher.jump(x_s, s, t), t)
+    found = parameter_gradient(flow_map, lagrangian(flow_map, x0, x1, s, t))
+    assert same(found, parameter_gradient(flow_map, mean_square(speed(flow_map, x_s, s, t) - target)))
+    moving = flow_map.velocity(flow_map.jump(x_s, s, t), t)
+    assert not same(found, parameter_gradient(flow_map, mean_square(speed(flow_map, x_s, s, t) - moving)))
+
+
+def test_the_compositional_rule_teaches_the_jump_and_stops_the_halves():
+    flow_map, (x0, x1, s, t) = tiny()
+    teacher = copy.deepcopy(flow_map).requires_grad_(False)
+    x_s, gamma = flow_map.path.interpolate(x0, x1, s), uniforms(14, 6)
+    r = s + gamma * (t - s)
+    x_r = teacher.jump(x_s, s, r)
+    target = column(gamma) * teacher.average_velocity(x_s, s, r)
+    target = target + column(1 - gamma) * teacher.average_velocity(x_r, r, t)
+    expected = mean_square(flow_map.average_velocity(x_s, s, t) - target)
+    losses = compositional(flow_map, x0, x1, s, t, gamma)
+    assert torch.allclose(losses, expected)
+    assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
+
+
+@pytest.mark.parametrize("derivative", ["forward", "central"])
+def test_meanflow_teaches_the_value_and_stops_the_rest(derivative: str):
+    flow_map, (x0, x1, s, t) = tiny()
+    teacher = copy.deepcopy(flow_map).requires_grad_(False)
+    x_s, w = flow_map.path.interpolate(x0, x1, s), flow_map.path.tangent(x0, x1, s)
+    step = 1e-5
+    du = teacher.average_velocity(x_s + step * w, s + step, t) - teacher.average_velocity(x_s - step * w, s - step, t)
+    target = w + column(t - s) * du / (2 * step)
+    expected = parameter_gradient(flow_map, mean_square(flow_map.average_velocity(x_s, s, t) - target))
+    found = parameter_gradient(
+        flow_map,
+        mean_flow(flow_map, x0, x1, s, t, derivative=derivative, step=step),  # type: ignore[arg-type]
+    )
+    assert (found - expected).norm() < 1e-6 * expected.norm()  # the step's own error
+
+
+def test_flow_matching_teaches_the_velocity():
+    flow_map, (x0, x1, s, _) = tiny()
+    expected = (flow_map.velocity(flow_map.path.interpolate(x0, x1, s), s) - (x1 - x0)).square().mean(1)
+    losses = flow_matching(flow_map, x0, x1, s)
+    assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
+
+
+# --- the objects ----------------------------------------------------------------------------------------------
+
+OBJECTIVES = [FlowMatching(), Lagrangian(), Lagrangian("central"), MeanFlow(), MeanFlow("central"), Compositional()]
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Compositional("uniform")], ids=repr)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_every_objective_takes_pictures_and_conditions(objective: Callable[..., Tensor], autocast: bool):
+    """Losses are per sample: those of half a batch are half of the losses."""
+    network = UNet((1, 4, 4), channels=(8, 16), attention_heads=2, num_classes=2)
+    randomise(network)
+    flow_map = FlowMap(network, conditioner=Labels(["one", "two"]))
+    condition = flow_map.encode_prompts(["one", "two", "", "two"])
+    assert condition is not None
+    x0, x1 = numbers(15, 4, 1, 4, 4).float(), numbers(16, 4, 1, 4, 4).float()
+    s, t = uniforms(17, 4, 0.5, 1.0).float(), uniforms(18, 4, 0.0, 0.5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        losses = objective(flow_map, x0, x1, s, t, condition, torch.Generator().manual_seed(0))
+        half = objective(
+            flow_map, x0[:2], x1[:2], s[:2], t[:2], condition.select(slice(2)), torch.Generator().manual_seed(0)
+        )
+    assert losses.shape == (4,)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses[:2], half, rtol=0.05 if autocast else 1e-4)
+    other = objective(flow_map, x0, x1, s, t, flow_map.encode_prompts([""] * 4), torch.Generator().manual_seed(0))
+    assert not torch.allclose(losses[:2], other[:2], rtol=1e-3)
+    losses.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_gamma_is_drawn_from_the_generator_or_is_a_half():
+    flow_map, (x0, x1, s, t) = tiny()
+    midpoint = compositional(flow_map, x0, x1, s, t, torch.full_like(s, 0.5))
+    assert torch.equal(Compositional()(flow_map, x0, x1, s, t), midpoint)
+    first, again, other = (
+        Compositional("uniform")(flow_map, x0, x1, s, t, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ConfigError, match="'uniform' or 'midpoint', got 'third'"):
+        Compositional("third")  # type: ignore[arg-type]
+
+
+def test_weights_take_no_gradient():
+    losses = torch.tensor([0.5, 2.0], requires_grad=True)
+    s = t = torch.zeros(2)
+    assert Uniform()(losses, s, t).tolist() == [1, 1]
+    weights = Adaptive(power=0.5, offset=0.25)(losses, s, t)
+    assert weights.tolist() == pytest.approx([0.75**-0.5, 2.25**-0.5])
+    assert not weights.requires_grad
+    assert torch.equal(mean_square(torch.tensor([[1.0, 3.0], [0.0, 2.0]])), torch.tensor([5.0, 2.0]))
