@@ -66,9 +66,14 @@ def start(recipe: Composed) -> Run:
         inputs=inputs(recipe),
         root=values["folder"],
     )
-    if is_main_process():
-        console.print(f"{'Continuing' if run.resumed else 'Running'} [bold]{run.folder}[/bold]")
+    say(f"{'Continuing' if run.resumed else 'Running'} {run.folder}")
     return run
+
+
+def say(text: str) -> None:
+    """Print a line, from the main process only."""
+    if is_main_process():
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def inputs(recipe: Composed) -> list[str]:

@@ -93,9 +93,7 @@ def _run_stage(stage: Stage, recipe: Composed) -> None:
             compare.show(Path(root) / stage.name)
         return
     if _is_other(root, stage.name, fingerprint):
-        common.console.print(
-            f"Its recipe changed; the earlier run is now {set_aside(root, stage.name)}", soft_wrap=True
-        )
+        common.say(f"Its recipe changed; the earlier run is now {set_aside(root, stage.name)}")
     started = time.monotonic()
     RUNNERS[stage.command](recipe)
     common.console.print(f"[dim]took {_clock(time.monotonic() - started)}[/dim]")

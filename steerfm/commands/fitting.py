@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Fit what the recipe describes (each point of a sweep, in turn); return the exit code."""
     for recipe in common.each(arguments, command):
-        folder = fit(recipe)
-        common.console.print(f"Saved {folder}")
+        common.say(f"Saved {fit(recipe)}")
     return 0
 
 

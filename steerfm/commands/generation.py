@@ -22,7 +22,7 @@ from steerfm.types import Samples
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Sample as the recipe describes (each point of a sweep, in turn); return the exit code."""
     for recipe in common.each(arguments, command):
-        common.console.print(f"Saved {generate(recipe)}")
+        common.say(f"Saved {generate(recipe)}")
     return 0
 
 
