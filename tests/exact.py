@@ -48,7 +48,7 @@ def line() -> GaussianMixture:
 
 def exact(data: GaussianMixture, path: Path) -> FlowMap:
     """Return the flow map of `data`, solved to rounding; one Gaussian needs fewer steps."""
-    return analytic_flow_map(data, path, steps=16 if len(data.means) > 1 else 8, order=6)
+    return analytic_flow_map(data, path, steps=24 if len(data.means) > 1 else 8, order=6)
 
 
 def rewards() -> dict[str, QuadraticReward]:

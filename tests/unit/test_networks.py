@@ -1,0 +1,165 @@
+"""Networks and conditions: shapes, what the output depends on, where it starts, and what is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from exact import numbers, uniforms
+from torch import Tensor, nn
+
+from steerfm.conditions import Labels
+from steerfm.errors import ConfigError
+from steerfm.networks import MLP, UNet
+from steerfm.networks.embeddings import TimeEmbedding
+from steerfm.networks.mlp import randomise
+from steerfm.types import Condition, Cost
+
+MAKERS: dict[str, tuple[tuple[int, ...], Callable[..., nn.Module]]] = {
+    "mlp on points": ((2,), lambda **o: MLP((2,), width=16, depth=2, **o)),
+    "mlp on pictures": ((1, 4, 4), lambda **o: MLP((1, 4, 4), width=16, depth=1, **o)),
+    "unet": ((3, 8, 8), lambda **o: UNet((3, 8, 8), channels=(8, 16, 24), blocks=2, **o)),
+    "unet of one level": ((1, 5, 7), lambda **o: UNet((1, 5, 7), channels=(8,), **o)),
+    "unet with attention": ((1, 4, 8), lambda **o: UNet((1, 4, 8), channels=(8, 16), attention_heads=4, **o)),
+}
+every_network = pytest.mark.parametrize("kind", list(MAKERS))
+
+
+def made(kind: str, classes: int = 0) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Return a network with all weights drawn anew, and a batch of three for it."""
+    shape, make = MAKERS[kind]
+    network = make(num_classes=classes).double()
+    randomise(network)
+    return network, numbers(0, 3, *shape), uniforms(1, 3, 0.5, 1.0), uniforms(2, 3, 0.0, 0.5)
+
+
+def labels(*numbers_: int) -> Condition:
+    return Condition({"label": torch.tensor(numbers_)})
+
+
+@every_network
+def test_the_output_has_the_shape_of_the_state(kind: str):
+    network, x, s, t = made(kind)
+    assert network.data_shape == MAKERS[kind][0]
+    for n in (3, 1):
+        assert network(x[:n], s[:n], t[:n]).shape == x[:n].shape
+
+
+@every_network
+def test_the_output_starts_at_zero_and_learns_at_once(kind: str):
+    shape, make = MAKERS[kind]
+    network = make()
+    x = torch.randn(2, *shape)
+    output = network(x, torch.ones(2), torch.zeros(2))
+    assert torch.equal(output, torch.zeros_like(x))
+    (output - 1).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+
+
+@every_network
+def test_every_weight_takes_part(kind: str):
+    network, x, s, t = made(kind, classes=2)
+    network(x, s, t, labels(0, 1, 2)).square().sum().backward()
+    idle = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert idle == []
+
+
+@every_network
+def test_the_output_depends_on_the_state_and_on_each_time(kind: str):
+    network, x, s, t = made(kind)
+    output = network(x, s, t)
+    for other in (network(x.roll(1, 0), s, t), network(x, s - 0.1, t), network(x, s, t + 0.1), network(x, t, s)):
+        assert ((other - output).flatten(1).norm(dim=1) > 1e-4).all()
+
+
+@every_network
+def test_samples_do_not_touch_each_other(kind: str):
+    network, x, s, t = made(kind, classes=2)
+    whole = network(x, s, t, labels(0, 1, 2))
+    alone = torch.cat([network(x[i : i + 1], s[i : i + 1], t[i : i + 1], labels(i)) for i in range(3)])
+    assert torch.allclose(whole, alone, atol=1e-12)
+
+
+@every_network
+def test_a_class_changes_the_output_and_no_condition_is_the_null_class(kind: str):
+    network, x, s, t = made(kind, classes=2)
+    outputs = [network(x, s, t, labels(i, i, i)) for i in range(3)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (outputs[i] - outputs[j]).norm() > 1e-3
+    assert torch.equal(network(x, s, t), outputs[2])
+    assert torch.equal(network(x, s, t, Labels(["one", "two"]).null(3)), outputs[2])
+
+
+@every_network
+def test_a_condition_that_the_network_does_not_take_is_refused(kind: str):
+    network, x, s, t = made(kind)
+    with pytest.raises(ConfigError, match=r"takes no condition, got one with \['label'\]: set num_classes"):
+        network(x, s, t, labels(0, 0, 0))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 8, 6), (8, 8), (1, 1, 8, 8)])
+def test_pictures_that_cannot_be_halved_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ConfigError, match=r"3 levels needs pictures .* divisible by 4.*fewer levels or pad"):
+        UNet(shape, channels=(8, 16, 32))
+
+
+def test_heads_must_divide_the_channels_and_groups_are_made_to():
+    with pytest.raises(ConfigError, match="attention_heads must divide the last of channels, 10: got 4"):
+        UNet((1, 4, 4), channels=(10,), attention_heads=4)
+    network = UNet((1, 4, 4), channels=(6, 10), attention_heads=5, groups=4)
+    assert network(torch.randn(2, 1, 4, 4), torch.ones(2), torch.zeros(2)).shape == (2, 1, 4, 4)
+
+
+def test_times_are_embedded_with_their_signed_interval():
+    embed = TimeEmbedding(8).double()
+    times = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    forward, back = embed(times, times.flip(0))
+    assert (forward - back).norm() > 1e-3
+    assert embed(times, times).shape == (2, 8)
+    assert embed.rates.min() == pytest.approx(0.5)
+    assert embed.rates.max() == pytest.approx(32.0)
+    assert not any("rates" in name for name in embed.state_dict())  # made anew, so never saved
+
+
+# --- conditions -----------------------------------------------------------------------------------------------
+
+DIGITS = ["a handwritten zero", "a handwritten one", "a handwritten two"]
+
+
+def test_a_prompt_names_a_class_by_its_caption_or_last_word():
+    condition = Labels(DIGITS)(["a handwritten two", " One ", "ZERO", ""])
+    assert condition["label"].tolist() == [2, 1, 0, 3]
+
+
+def test_last_words_count_only_where_they_are_different():
+    conditioner = Labels(["red circle", "blue circle"])
+    assert conditioner(["red circle"])["label"].tolist() == [0]
+    with pytest.raises(ConfigError, match="No class is called 'circle'"):
+        conditioner(["circle"])
+
+
+def test_an_unknown_prompt_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="No class is called 'a handwriten two'; did you mean 'a handwritten two'"):
+        Labels(DIGITS)(["a handwriten two"])
+
+
+def test_conditions_are_picked_repeated_joined_and_mixed():
+    condition = Condition({"label": torch.tensor([0, 1, 2]), "features": numbers(3, 3, 2)})
+    assert len(condition) == 3
+    assert condition.select(torch.tensor([2, 0]))["label"].tolist() == [2, 0]
+    assert condition.repeat_interleave(2)["label"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert Condition.cat([condition, condition])["features"].shape == (6, 2)
+    null = Condition({"label": torch.full((3,), 9), "features": torch.zeros(3, 2, dtype=torch.float64)})
+    mixed = condition.where(torch.tensor([True, False, True]), null)
+    assert mixed["label"].tolist() == [0, 9, 2]
+    assert torch.equal(mixed["features"][1], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(mixed["features"][0], condition["features"][0])
+
+
+@pytest.mark.parametrize("tensors", [{"a": torch.zeros(2), "b": torch.zeros(3)}, {}], ids=["two sizes", "nothing"])
+def test_conditions_need_one_batch_size(tensors: dict[str, Tensor]):
+    with pytest.raises(ConfigError, match="tensors of one batch size"):
+        Condition(tensors)
+
+
+def test_costs_add_up():
+    assert Cost(1, 2, 3, 4.0) + Cost(10, 20, 30, 40.0) == Cost(11, 22, 33, 44.0)
