@@ -192,7 +192,7 @@ def prepare(
     """
     if isinstance(prompts, str):
         raise ConfigError(f"prompts is a list of strings, got the string '{prompts}': write ['{prompts}'].")
-    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    prompts, seeds = list(prompts), [seeding.whole(seed) for seed in seeds]
     n = max(len(prompts), len(seeds))
     if min(len(prompts), len(seeds)) == 0 or len(prompts) not in (1, n) or len(seeds) not in (1, n):
         raise ConfigError(f"Prompts and seeds are paired one to one: got {len(prompts)} prompts, {len(seeds)} seeds.")

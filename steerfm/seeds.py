@@ -58,9 +58,14 @@ def uniform(seeds: Sequence[int], *, stream: str = "resample", step: int = 0) ->
     return torch.tensor([generator(seed, stream, step).random() for seed in seeds], dtype=torch.float64)
 
 
-def _sequence(seed: int, stream: str, *steps: int) -> np.random.SeedSequence:
-    if seed < 0:
+def whole(seed: int) -> int:
+    """Return the seed as an int; raises ConfigError for one that is negative or no whole number."""
+    if seed < 0 or seed != int(seed):
         raise ConfigError(f"A seed must be a whole number of at least 0, got {seed}.")
+    return int(seed)
+
+
+def _sequence(seed: int, stream: str, *steps: int) -> np.random.SeedSequence:
     if stream not in STREAMS:
         raise ConfigError(f"Unknown random stream '{stream}'; the streams are {', '.join(STREAMS)}.")
-    return np.random.SeedSequence(entropy=int(seed), spawn_key=(STREAMS.index(stream), *steps))
+    return np.random.SeedSequence(entropy=whole(seed), spawn_key=(STREAMS.index(stream), *steps))
