@@ -1,15 +1,77 @@
-"""Check the arguments that a recipe gives to a target against the target's signature, before anything is built."""
+"""Check a recipe before anything is built: may each target be named, and does it take what it is given?"""
 
 from __future__ import annotations
 
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerfm.errors import ConfigError, nearest
+from steerfm.building import check_arguments
+from steerfm.building import resolve as resolve_trusted
+from steerfm.errors import ConfigError, SteerfmError, TrustError, nearest
+
+SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+SEALED = (
+    "steerfm.building",
+    "steerfm.checking",
+    "steerfm.config",
+    "steerfm.commands",
+    "steerfm.cli",
+    "steerfm.reward.load_reward",
+)
+
+
+def check(values: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
+    """Check that every `_target_` may be used and takes the arguments that stand beside it; build nothing."""
+    for key, node in targets(values):
+        name = node["_target_"]
+        if not isinstance(name, str):
+            raise ConfigError(f"{key}._target_ must be a dotted path, got {name!r}.")
+        if "trusted" in node:
+            raise TrustError(f"{key}.trusted stands in the recipe: trust is given on the command line, with --trust.")
+        try:
+            target = resolve(name, trusted)
+            arguments = {argument: value for argument, value in node.items() if argument not in SPECIAL}
+            check_arguments(target, arguments, name)
+            if not node.get("_partial_"):
+                check_required(target, arguments, name)
+            check_types(target, arguments, key)
+        except SteerfmError as error:
+            text = str(error)
+            raise type(error)(text if text.startswith(key) else f"{key}: {text}") from error
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every (dotted key, dictionary) that names a `_target_`, outermost first."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, value in node.items():
+            yield from targets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i in range(len(node)):
+            yield from targets(node[i], f"{key}.{i}")
+
+
+def resolve(name: str, trusted: Sequence[str] = ()) -> Any:
+    """Return what a dotted path names, under the trust rule.
+
+    Refuses what would itself import by name or run commands: a recipe could trust for its user through it. A
+    module that cannot be imported is a ConfigError, but for a missing package, whose extra the command line names.
+    """
+    try:
+        found = resolve_trusted(name, trusted)
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"'{name}' cannot be imported: {error}") from error
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}."
+    if home.startswith(tuple(f"{sealed}." for sealed in SEALED)):
+        raise TrustError(f"'{name}' imports or runs what it is told to, so a recipe may not name it.")
+    return found
 
 
 def check_required(target: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:

@@ -23,13 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerfm.building import check_arguments, resolve
-from steerfm.checking import check_required, check_types
-from steerfm.errors import ConfigError, SteerfmError, TrustError, nearest
+from steerfm.checking import SPECIAL, check, resolve
+from steerfm.errors import ConfigError, SteerfmError, nearest
 
 SHIPPED = "steerfm.recipes"
-SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-FORBIDDEN = ("steerfm.building.", "steerfm.config.", "steerfm.commands.", "steerfm.cli.", "steerfm.reward.load_reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +149,9 @@ def sweep(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
         if not override.is_sweep_override():
             axes.append([(override.input_line or "", "")])
         elif override.is_discrete_sweep():
-            axes.append([(f"{key}={value}", f"{key.split('.')[-1]}-{value}") for value in _values(override)])
+            axes.append(
+                [(f"{key}={value}", f"{key.split('.')[-1]}-{value}") for value in override.sweep_string_iterator()]
+            )
         else:
             raise ConfigError(f"'{override.input_line}' has no end of values: list them, as in {key}=0.1,0.2.")
     points = []
@@ -160,38 +159,6 @@ def sweep(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
         suffix = "-".join(label for _, label in point if label)
         points.append(([line for line, _ in point], re.sub(r"[^\w.+-]+", "_", suffix)))
     return points
-
-
-def check(values: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
-    """Check that every `_target_` may be used and takes the arguments that stand beside it; build nothing."""
-    for key, node in targets(values):
-        name = node["_target_"]
-        if not isinstance(name, str) or name.startswith(FORBIDDEN):
-            raise TrustError(f"{key}._target_ is {name!r}, which a recipe may not name.")
-        if "trusted" in node:
-            raise TrustError(f"{key}.trusted stands in the recipe: trust is given on the command line, with --trust.")
-        try:
-            target = resolve(name, trusted)
-            arguments = {argument: value for argument, value in node.items() if argument not in SPECIAL}
-            check_arguments(target, arguments, name)
-            if not node.get("_partial_"):
-                check_required(target, arguments, name)
-            check_types(target, arguments, key)
-        except SteerfmError as error:
-            text = str(error)
-            raise type(error)(text if text.startswith(key) else f"{key}: {text}") from error
-
-
-def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every (dotted key, dictionary) that names a `_target_`, outermost first."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield key, node
-        for name, value in node.items():
-            yield from targets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for i in range(len(node)):
-            yield from targets(node[i], f"{key}.{i}")
 
 
 def instantiate(node: Any, trusted: Sequence[str] = (), **extra: Any) -> Any:
@@ -255,10 +222,6 @@ def _refuse_shadows(folder: Path, shipped: Path) -> None:
 
 def _is_group(path: Path) -> bool:
     return path.is_dir() and path.name != "demo" and any(path.rglob("*.yaml"))
-
-
-def _values(override: Override) -> list[str]:
-    return [str(value) for value in override.sweep_string_iterator()]
 
 
 def _typed_reward(parsed: list[Override]) -> tuple[list[Override], list[str]]:

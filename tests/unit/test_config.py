@@ -132,7 +132,17 @@ def test_untrusted_code_is_refused_without_being_imported(kitchen: Path, target:
     assert "cooked" not in sys.modules
 
 
-@pytest.mark.parametrize("target", ["steerfm.building.build", "steerfm.cli.main", "steerfm.reward.load_reward"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "steerfm.building.build",
+        "steerfm.saving.build",
+        "steerfm.cli.main",
+        "steerfm.commands.common.config.instantiate",
+        "steerfm.reward.load_reward",
+        "steerfm.commands.reward.load_reward",
+    ],
+)
 def test_a_recipe_cannot_name_what_would_trust_for_it(kitchen: Path, target: str):
     with pytest.raises(TrustError, match="may not name"):
         compose(f"+x._target_={target}")
@@ -167,6 +177,21 @@ def test_a_typed_reward_that_is_not_there_names_the_nearest(kitchen: Path, monke
     (kitchen / "herbs.py").write_text("def thyme(images, prompts):\n    return images.mean((1, 2, 3))\n")
     with pytest.raises(ConfigError, match="did you mean 'thyme'"):
         compose("reward=herbs:tyme")
+
+
+def test_a_reward_that_refuses_to_be_imported_is_one_sentence(kitchen: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (kitchen / "locked.py").write_text("raise ImportError('write unlocked.x')")
+    with pytest.raises(ConfigError, match=r"'locked.lid' cannot be imported: write unlocked.x"):
+        compose("reward=locked:lid")
+
+
+def test_a_recipe_can_start_from_one_of_ours(kitchen: Path):
+    text = "# @package _global_\ndefaults:\n  - digits\n  - _self_\n\nnetwork:\n  width: 512\n"
+    (kitchen / "recipes" / "recipe" / "wide.yaml").write_text(text)
+    recipe = config.compose("train", ["recipe=wide", "callbacks.grid=null", "logger=wandb"])
+    assert recipe.values["module"]["flow_map"]["network"]["width"] == 512
+    assert recipe.values["callbacks"]["grid"] is None
 
 
 def test_an_error_of_ours_in_a_constructor_comes_out_as_it_is(kitchen: Path):
