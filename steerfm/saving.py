@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,7 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged file makes the reader raise is anybody's guess
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is damaged or no checkpoint of steerfm ({reason}): use an earlier one."
@@ -126,20 +125,30 @@ def _read_checkpoint(path: Path, weights: str | None) -> tuple[Any, dict[str, Te
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"flow_map", "state_dict"} <= set(checkpoint):
         raise CheckpointError(f"{path} holds no flow map: it was not written by FlowMapTraining or RewardFineTuning.")
-    raw = {
-        name.removeprefix("flow_map."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith("flow_map.")
-    }
-    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
+    try:
+        description = dict(checkpoint["flow_map"])
+        raw = _without_prefix(checkpoint["state_dict"])
+        average = _without_prefix(checkpoint.get("callbacks", {}).get("EMA", {}).get("average") or {})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an earlier one.") from error
     taken = weights or ("ema" if average else "raw")
     if taken == "ema":
         if not average:
             raise CheckpointError(
                 f"{path} holds no EMA weights: train with the EMA callback, or ask for weights='raw'."
             )
-        raw |= {name.removeprefix("flow_map."): tensor for name, tensor in average.items()}
-    return checkpoint["flow_map"], raw, taken
+        raw |= average
+    return description, raw, taken
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the flow map's tensors among those of a module."""
+    start = "flow_map."
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start) and isinstance(tensor, Tensor)
+    }
 
 
 def _rebuild(
