@@ -177,4 +177,4 @@ def check_arguments(target: Callable[..., Any], given: Mapping[str, Any], name: 
     for key in given:
         if key not in parameters:
             choices = ", ".join(parameters)
-            raise ConfigError(f"{name} takes no argument '{key}'{nearest(key, parameters)} It takes: {choices}.")
+            raise ConfigError(f"{name} takes no argument '{key}'{nearest(key, parameters) or '.'} It takes: {choices}.")
