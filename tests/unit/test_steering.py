@@ -11,7 +11,16 @@ from scipy import integrate, stats
 from torch import Tensor
 from trainers import digit_map
 
-from steerfm import BestOfN, FlowMap, FlowMapTilting, GaussianMixture, LookAheadGuidance, Unsteered, analytic_flow_map
+from steerfm import (
+    BestOfN,
+    FlowMap,
+    FlowMapTilting,
+    GaussianMixture,
+    LookAheadGuidance,
+    Unsteered,
+    analytic_flow_map,
+    seeds,
+)
 from steerfm.analytic import QuadraticReward
 from steerfm.distributed import effective_sample_size, systematic_ancestors
 from steerfm.errors import ConfigError, RewardError
@@ -239,6 +248,20 @@ def test_samples_depend_on_their_own_seed_alone(method: Any) -> None:
     assert not torch.allclose(whole.x0[0], whole.x0[2], atol=1e-3)  # one seed, two prompts
     given = method(flow_map, left, seeds=[1, 5], condition=flow_map.encode_prompts(prompts[1:3]))
     assert torch.allclose(given.x0, half.x0, atol=1e-4)
+
+
+def test_every_draw_has_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Initial noise, steps, resampling and the final choice: no two draws of a run share (seed, stream, step)."""
+    asked: list[tuple[int, str, int]] = []
+    original = seeds.generator
+
+    def recorded(seed: int, stream: str = "initial", step: int = 0) -> Any:
+        asked.append((seed, stream, step))
+        return original(seed, stream, step)
+
+    monkeypatch.setattr(seeds, "generator", recorded)
+    FlowMapTilting(8, 5, temperature=0.2, resample_below=2.0)(gaussian_map(MEAN, 1.0), first, seeds=[3, 4])
+    assert len(asked) == len(set(asked)) == 2 * (1 + 4 + 4 + 1)
 
 
 def test_effective_sample_size() -> None:

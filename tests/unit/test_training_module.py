@@ -236,11 +236,13 @@ def test_training_is_counted_in_steps(tmp_path: Path) -> None:
 
 
 class Recorder(FlowMapTraining):
-    """Keeps the batches it was given."""
+    """Keeps the batches it was given, and the times it drew."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
         self.seen = [*getattr(self, "seen", []), batch["x0"]]
-        return super().training_step(batch, batch_idx)
+        self.times_seen = [*getattr(self, "times_seen", []), output["s"]]
+        return output
 
 
 def test_accumulated_batches_are_all_new(tmp_path: Path) -> None:
@@ -249,6 +251,7 @@ def test_accumulated_batches_are_all_new(tmp_path: Path) -> None:
     assert ema.updates == 3
     assert len(module.seen) == 6
     assert all(torch.equal(seen, data.batch(step)["x0"]) for step, seen in enumerate(module.seen))
+    assert len({float(s[0]) for s in module.times_seen}) == 6  # noise and times are new in each of them too
 
 
 def test_diagonal_first_then_everything(tmp_path: Path) -> None:
