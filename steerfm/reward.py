@@ -57,6 +57,7 @@ class Reward(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
         """Score a batch and check the result. Raises RewardError that names the reward and the sample."""
         _check_prompts(self.name, images, prompts)
+        images = _full(images)
         values = _checked(self.score(images, prompts, **metadata), self.name, len(images))
         wants_gradient = self.differentiable and images.requires_grad and torch.is_grad_enabled()
         if wants_gradient and not values.requires_grad:
@@ -320,6 +321,11 @@ def _checked(values: Any, name: str, count: int) -> Tensor:
             f"'{name}' gave {values[index].item()} for sample {index}: a reward must be finite for every picture; "
             "look for a division by zero, a logarithm of zero or an overflow in it."
         )
+    return _full(values)
+
+
+def _full(values: Tensor) -> Tensor:
+    """Return half-precision values in float32, in which rewards are computed, and others as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 

@@ -74,6 +74,6 @@ class Guest:
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval().requires_grad_(False)
 
-    def on(self, device: torch.device) -> Any:
-        """Return the module, moved to `device`."""
-        return self.module.to(device)
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+        """Return the module, moved to `device`, and to the floating type `dtype` where one is given."""
+        return self.module.to(device=device, dtype=dtype)

@@ -71,7 +71,8 @@ class RewardFineTuning(lightning.LightningModule):
         def draw(step: int) -> State:
             return torch.randn(shape, generator=generator).to(self.device, self.flow_map.dtype)
 
-        reference, reward = self._reference.on(self.device), self._reward.on(self.device)
+        reward = self._reward.on(self.device)
+        reference = self._reference.on(self.device, self.flow_map.dtype)
         condition = self.flow_map.encode_prompts(prompts)
         tuned = self.method(self.flow_map, reference, reward, draw(0), prompts, condition, self.temperature, draw)
         loss = tuned.loss.mean()
