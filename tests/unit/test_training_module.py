@@ -19,6 +19,7 @@ from steerfm import (
     Digits,
     DirectBackprop,
     FlowMap,
+    FlowMapTilting,
     FlowMapTraining,
     LookAheadGuidance,
     Points,
@@ -320,6 +321,20 @@ def test_sampling_predicts_pairs_with_held_out_values(tmp_path: Path) -> None:
         alone = method(flow_map, Brightness(), prompts=["a handwritten six"], seeds=[2])
         assert torch.allclose(batches[1].x0[1], alone.x0[0], atol=1e-5)
         assert torch.allclose(batches[0].held_out["<lambda>"], batches[0].rewards, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_trains_tunes_and_samples(precision: Any, tmp_path: Path) -> None:
+    ema = EMA(0.999)
+    for make, data in MODULES.values():
+        module = make()
+        trainer(tmp_path, 2, ema, precision=precision).fit(module, data())
+        assert {tensor.dtype for tensor in ema.average.values()} == {torch.float32}  # steps of a thousandth count
+    for method in (LookAheadGuidance(2), BestOfN(2, 1), FlowMapTilting(2, 2)):
+        sampling = SteeredSampling(digit_map(), method, reward=Brightness())
+        batches: Any = trainer(tmp_path, -1, precision=precision).predict(sampling, PromptSeeds(seeds=2))
+        assert batches[0].rewards.dtype == torch.float32
+        assert batches[0].rewards.isfinite().all()
 
 
 def test_unclamped_rewards_are_given_where_pixels_were_clamped(tmp_path: Path) -> None:
