@@ -90,13 +90,13 @@ class Path:
         return 2 * self.sigma_determinant(t)
 
     def memoryless_noise(self, t: Times, offset: float) -> Times:
-        """Return g^2 = 2 eta with alpha raised by its value one step before t = 1; linear path: 2 t / (1 - t + h).
+        """Return g^2 = 2 eta with alpha raised by what it falls in the last step; linear path: 2 t / (1 - t + h).
 
         `offset` is h, the step of the discretisation: exact eta is infinite at t = 1. Start and end of the
         trajectory are then independent as h -> 0 (Domingo-Enrich et al. 2024, arXiv 2409.08861, section 4).
         """
-        floor = self.alpha(torch.full_like(t, 1 - offset))
-        return 2 * self.sigma_determinant(t) / (self.alpha(t) + floor)
+        fall = self.alpha(torch.full_like(t, 1 - offset)) - self.alpha(torch.ones_like(t))
+        return 2 * self.sigma_determinant(t) / (self.alpha(t) + fall)
 
 
 @dataclass(frozen=True)
