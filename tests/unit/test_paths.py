@@ -79,8 +79,7 @@ def test_variance_is_kept_by_the_two_paths_that_promise_it():
 def test_memoryless_noise_tends_to_twice_eta_and_is_finite_at_noise(path: Path):
     t = uniforms(12, 32, 0.05, 0.8)
     gaps = [float((path.memoryless_noise(t, h) / (2 * path.eta(t)) - 1).abs().max()) for h in (0.02, 0.01)]
-    if not isinstance(path, VariancePreserving):  # its alpha(1) is not 0, which stays in the offset
-        assert gaps[1] < 0.55 * gaps[0]
+    assert gaps[1] < 0.55 * gaps[0]
     assert torch.isfinite(path.memoryless_noise(torch.ones(1), 0.01)).all()
 
 
