@@ -33,7 +33,6 @@ NO_CONCERN = (
     ".*does not have many workers",  # batches are made in microseconds
     ".*You passed in a `val_dataloader` but have no `validation_step`",
     ".*is smaller than the logging interval",
-    ".*your dataloader is not resumable",  # ours begins at the trainer's step
     ".*your dataloader is not resumable",  # it is: a batch is a function of the step
     ".*Total length of `list` across ranks is zero",  # a recipe without validation
 )
