@@ -80,7 +80,11 @@ class GaussianMixture(nn.Module):
         if covariances.shape != (count, d, d):
             raise ConfigError(f"covariances need the shape {(count, d, d)} or ({count},), got {covariances.shape}.")
         weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
+        if weights.shape != (count,) or (weights < 0).any() or not weights.sum() > 0:
+            raise ConfigError(f"weights need {count} numbers of at least 0, not all 0, got {weights.tolist()}.")
         values, vectors = torch.linalg.eigh(covariances)
+        if values.min() < 0:
+            raise ConfigError(f"covariances must be positive definite, got one with eigenvalue {float(values.min())}.")
         self.data_shape = (d,)
         self.means: Tensor
         self.covariances: Tensor

@@ -38,14 +38,21 @@ def directional_derivative(
     results. Autocast is off inside: a difference of two bfloat16 numbers is mostly rounding. Raises
     DerivativeError, naming the layer of `network`, where forward mode alone is impossible.
     """
-    if method not in ("forward", "central"):
-        raise ConfigError(f"A derivative's method is 'forward' or 'central', got '{method}'.")
+    check_derivative(method, step)
     with torch.autocast(primals[0].device.type, enabled=False):
         if method == "forward":
             return _forward(function, primals, tangents, network)
         plus = function(*(p + step * d for p, d in zip(primals, tangents, strict=True)))
         minus = function(*(p - step * d for p, d in zip(primals, tangents, strict=True)))
         return function(*primals), (plus - minus) / (2 * step)
+
+
+def check_derivative(method: str, step: float) -> None:
+    """Raise ConfigError for a method that does not exist, or a step by which times would leave [0, 1] too far."""
+    if method not in ("forward", "central"):
+        raise ConfigError(f"A derivative's method is 'forward' or 'central', got '{method}'.")
+    if not 0 < step <= 0.05:
+        raise ConfigError(f"The step of a central difference must lie in (0, 0.05], got {step}.")
 
 
 def _forward(

@@ -31,7 +31,7 @@ def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
     """Return what rebuilds the map, as JSON-able data; a network that cannot be described is left to the user."""
     description: dict[str, Any] = {"_target_": "steerfm.flow_map.FlowMap"}
     try:
-        description["network"] = describe(flow_map.network)
+        description["network"] = describe(getattr(flow_map.network, "_orig_mod", flow_map.network))
     except CheckpointError as error:
         log.warning("%s The map is saved all the same: load it with FlowMap.load(path, network=...).", error)
         description["network"] = None
@@ -42,13 +42,17 @@ def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
 
 def save_flow_map(flow_map: FlowMap, folder: Path) -> Path:
     """Write the map into `folder` and return it. Raises RunError where it cannot be written."""
-    tensors = _unshared({name: tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()})
+    tensors = {_plain(name): tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()}
     text = json.dumps(
         {"format": FORMAT, "weights": flow_map.weights, "flow_map": describe_flow_map(flow_map)}, indent=2
     )
-    write_atomic(folder / WEIGHTS_NAME, serialise(tensors))
+    write_atomic(folder / WEIGHTS_NAME, serialise(_unshared(tensors)))
     write_atomic(folder / JSON_NAME, text.encode())
     return folder
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # torch.compile wraps a network in another module
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +149,7 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the flow map's tensors among those of a module."""
     start = "flow_map."
     return {
-        name.removeprefix(start): tensor
+        _plain(name.removeprefix(start)): tensor
         for name, tensor in tensors.items()
         if name.startswith(start) and isinstance(tensor, Tensor)
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steerfm.derivatives import Method, directional_derivative
+from steerfm.derivatives import Method, check_derivative, directional_derivative
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.weights import mean_square
 from steerfm.types import Condition, State, Times, Values
@@ -49,6 +49,9 @@ class Lagrangian:
 
     derivative: Method = "forward"
     step: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_derivative(self.derivative, self.step)
 
     def __call__(
         self,
