@@ -159,9 +159,14 @@ def test_a_mixture_casts_to_float32():
     assert (jumped - exact(mixture(), Linear()).look_ahead(x, 1.0)).abs().max() < 1e-5
 
 
-def test_wrong_covariances_are_refused():
+def test_wrong_covariances_and_weights_are_refused():
     with pytest.raises(ConfigError, match="covariances need the shape"):
         GaussianMixture([[0.0, 0.0]], [1.0, 2.0])
+    with pytest.raises(ConfigError, match="positive definite, got one with eigenvalue -1"):
+        GaussianMixture([[0.0, 0.0]], torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
+    for weights in ([1.0], [1.0, -0.5], [0.0, 0.0]):
+        with pytest.raises(ConfigError, match="weights need 2 numbers of at least 0"):
+            GaussianMixture([[0.0], [1.0]], [1.0, 1.0], weights)
 
 
 # --- tilts and values -----------------------------------------------------------------------------------------

@@ -300,6 +300,15 @@ def test_gamma_is_drawn_from_the_generator_or_is_a_half():
         Compositional("third")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("objective", [Lagrangian, MeanFlow])
+def test_wrong_derivatives_are_refused_when_the_objective_is_made(objective: type[Lagrangian] | type[MeanFlow]):
+    with pytest.raises(ConfigError, match="'forward' or 'central', got 'reverse'"):
+        objective(derivative="reverse")  # type: ignore[arg-type]
+    for step in (0.0, 0.1):  # times may leave [0, 1] by 0.05, not more
+        with pytest.raises(ConfigError, match=rf"must lie in \(0, 0.05\], got {step}"):
+            objective(derivative="central", step=step)
+
+
 def test_weights_take_no_gradient():
     losses = torch.tensor([0.5, 2.0], requires_grad=True)
     s = t = torch.zeros(2)

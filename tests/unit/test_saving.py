@@ -151,6 +151,15 @@ def test_a_remembered_network_is_trusted_by_its_package_or_given(tmp_path: FileP
     assert torch.equal(points(FlowMap.load(folder, network=Remembered())), points(flow_map))
 
 
+def test_a_compiled_network_is_saved_as_what_it_was(tmp_path: FilePath):
+    flow_map = made()
+    compiled = FlowMap(torch.compile(flow_map.network, backend="eager"))  # type: ignore[arg-type]
+    assert torch.equal(output_of(FlowMap.load(saved(compiled, tmp_path))), output_of(flow_map))
+    path = checkpoint(compiled, averages(compiled), tmp_path / "last.ckpt")
+    assert torch.equal(output_of(FlowMap.load(path, weights="raw")), output_of(flow_map))
+    assert not torch.equal(output_of(FlowMap.load(path)), output_of(flow_map))
+
+
 def test_an_exact_map_is_given_its_network_again(tmp_path: FilePath):
     flow_map = analytic_flow_map(mixture(), Trigonometric())
     back = FlowMap.load(saved(flow_map, tmp_path), network=analytic_flow_map(mixture(), Trigonometric()).network)
