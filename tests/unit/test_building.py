@@ -24,7 +24,6 @@ UNTRUSTED = ["os.system", "subprocess.Popen", "builtins.eval", "functools.partia
 ROUTES = [  # out of steerfm, through what its modules import
     "steerfm.building.importlib.import_module",
     "steerfm.building.functools.partial",
-    "steerfm.saving.pickle.Unpickler",
     "steerfm.flow_map.os.system",
     "steerfm.flow_map.torch.load",
     "steerfm.flow_map.nn.Linear",

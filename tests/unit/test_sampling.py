@@ -45,7 +45,7 @@ def test_jumps_of_the_exact_map_are_exact_in_any_number(path: Path):
     flow_map, x1 = exact(mixture(), path), numbers(0, 16, 2)
     once = few_jumps(flow_map, x1, 1)
     assert torch.equal(once, flow_map.jump(x1, 1.0, 0.0))
-    for jumps in (2, 3, 7):
+    for jumps in (2, 5):
         assert (few_jumps(flow_map, x1, jumps) - once).abs().max() < 1e-9
 
 
