@@ -86,6 +86,8 @@ def law(path: Path, noise: Noise, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     flow_map = analytic_flow_map(GaussianMixture([[0.7]], [0.49]), path)
     end = sde(flow_map, x1, steps, draw=draw, noise=noise)[:, 0]
     a, b = end[1] - end[0], end[2:] - end[0]
+    assert b[-1] == 0  # the last step ends on data and adds no noise
+    assert (b[:-1] > 0).all()
     variance = a**2 + b.square().sum()
     return end[0], variance, a / variance.sqrt()
 
