@@ -217,7 +217,7 @@ def as_times(t: Any, x: Tensor) -> Times:
             low, high = t.detach().aminmax()
             _check_range(float(low), slack=0.05)
             _check_range(float(high), slack=0.05)
-        return t.to(x.dtype)
+        return t.to(x)
     _check_range(float(t))
     return torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
 

@@ -32,6 +32,7 @@ def resolve_mode(mode: str | None = None) -> Mode:
     Raises RunError for an unknown mode.
     """
     chosen = mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    chosen = {"dryrun": "offline", "run": "online"}.get(chosen, chosen)  # wandb's old names, which Lightning still sets
     if chosen not in ("online", "offline", "disabled"):
         raise RunError(f"Unknown W&B mode '{chosen}': use online, offline or disabled.")
     return chosen

@@ -172,6 +172,7 @@ def test_histogram_puts_points_where_they_lie() -> None:
 
 def test_grid_reaches_wandb_with_pixels_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the logger overwrites it, and this puts it back
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
     module = FlowMapTraining(digit_map(), Compositional())
     trainer(tmp_path, 1, SampleGrid(columns=4), logger=logger).fit(module, Digits(8, validation_size=0))

@@ -497,6 +497,7 @@ def test_a_comparison_is_a_run_folder(six: Path, compared: report.Comparison, tm
         (None, {"WANDB_API_KEY": "k"}, "online"),
         (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
         ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        (None, {"WANDB_MODE": "dryrun"}, "offline"),
         ("online", {}, "online"),
     ],
 )
