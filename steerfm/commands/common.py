@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -20,6 +21,7 @@ from rich.logging import RichHandler
 
 from steerfm import config
 from steerfm.config import Composed
+from steerfm.errors import ConfigError
 from steerfm.report.wandb import resolve_mode
 from steerfm.runs import Run, choose_name, is_main_process
 
@@ -74,6 +76,20 @@ def say(text: str) -> None:
     """Print a line, from the main process only."""
     if is_main_process():
         console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def running(recipe: Composed) -> Iterator[Run]:
+    """Open the run folder of a recipe and use as many CPU threads as it says, inside the block."""
+    wanted, before = recipe.values["threads"], torch.get_num_threads()
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"threads is a number of at least 1, or null for PyTorch's own choice, got {wanted}.")
+    with start(recipe) as run:
+        torch.set_num_threads(wanted or before)
+        try:
+            yield run
+        finally:
+            torch.set_num_threads(before)
 
 
 def inputs(recipe: Composed) -> list[str]:

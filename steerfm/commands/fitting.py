@@ -33,7 +33,7 @@ def fit(recipe: Composed) -> Path:
     whose text says how to continue.
     """
     values = recipe.values
-    with common.start(recipe) as run:
+    with common.running(recipe) as run:
         seed_everything(values["seed"], workers=True, verbose=False)
         module, data = recipe.build("module"), recipe.build("data")
         logger = common.logger(recipe, run)

@@ -32,7 +32,7 @@ def generate(recipe: Composed) -> Path:
     Rewards given to a plain sampler only score; held-out rewards never steer. An interrupted run starts its
     sampling again, with the same seeds and so the same pictures.
     """
-    with common.start(recipe) as run:
+    with common.running(recipe) as run:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
         held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         reference = recipe.build("reference")
