@@ -49,14 +49,25 @@ class ClassEmbedding(nn.Module):
 
 
 def conditioning(
-    time: TimeEmbedding, classes: ClassEmbedding | None, s: Times, t: Times, condition: Condition | None
+    time: TimeEmbedding,
+    classes: ClassEmbedding | None,
+    s: Times,
+    t: Times,
+    condition: Condition | None,
+    *,
+    other: bool = False,
 ) -> Tensor:
-    """Return the sum of the time and the class embeddings, (B, width)."""
+    """Return the sum of the time and the class embeddings, (B, width).
+
+    other: whether the network takes something else from conditions. Raises ConfigError for a condition it ignores.
+    """
     embedding = time(s, t)
     if classes is not None:
         return embedding + classes(condition, embedding)
-    if condition is not None:
-        raise ConfigError(f"This network takes no condition, got one with {list(condition.tensors)}: set num_classes.")
+    if condition is not None and not other:
+        raise ConfigError(
+            f"This network takes no condition, got one with {list(condition.tensors)}: give it num_classes, or a text."
+        )
     return embedding
 
 

@@ -1,7 +1,8 @@
-"""A small U-Net for pictures: group norm, adaptive scale and shift, optional attention at the lowest level."""
+"""A small U-Net for pictures: group norm, adaptive scale and shift, attention to itself and to a text."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
+from steerfm.networks.attention import Attention
 from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
 from steerfm.types import Condition, State, Times
 
@@ -35,23 +37,34 @@ class _Block(nn.Module):
         return self.skip(h) + self.conv2(functional.silu(inner))
 
 
-class _Attention(nn.Module):
-    """Self-attention over the positions of a feature map."""
+class _Looking(nn.Module):
+    """Attention of the positions of a feature map: to each other, or to the tokens of a text."""
 
-    def __init__(self, channels: int, heads: int, groups: int) -> None:
+    def __init__(self, channels: int, heads: int, groups: int, tokens: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
         self.norm = _norm(groups, channels)
-        self.enter = nn.Conv2d(channels, 3 * channels, 1)
-        self.leave = nn.Conv2d(channels, channels, 1)
-        start_at_zero(self.leave)
+        self.attention = Attention(channels, heads, tokens)
+        start_at_zero(self.attention.leave)
 
-    def forward(self, h: Tensor) -> Tensor:
-        batch, channels, height, width = h.shape
-        split = self.enter(self.norm(h)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in split.unbind(1))
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        return h + self.leave(mixed.reshape(batch, channels, height, width))
+    def forward(self, h: Tensor, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        positions = self.norm(h).flatten(2).transpose(1, 2)
+        found = self.attention(positions, *(text or ()))
+        return h + found.transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+class _Level(nn.Module):
+    """The residual blocks of one resolution, and a look at the text after them where there is one."""
+
+    def __init__(self, sizes: Sequence[int], width: int, groups: int, heads: int, tokens: int | None) -> None:
+        super().__init__()
+        pairs = itertools.pairwise(sizes)
+        self.blocks = nn.ModuleList(_Block(inside, outside, width, groups) for inside, outside in pairs)
+        self.look = None if tokens is None else _Looking(sizes[-1], heads, groups, tokens)
+
+    def forward(self, h: Tensor, embedding: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
+        for block in self.blocks:
+            h = block(h, embedding)
+        return h if self.look is None else self.look(h, text)
 
 
 @remembered
@@ -60,7 +73,12 @@ class UNet(nn.Module):
 
     channels: features at each level, the resolution halves from one to the next. blocks: residual blocks a
     level. attention_heads: heads of self-attention at the lowest level; 0 is none. num_classes: as in MLP.
-    The output layer starts at zero. Raises ConfigError where the picture cannot be halved that often.
+    patch: pixels a side that become channels before the first level, and pixels again after the last.
+    text: reads the text of a condition (WordEncoder, TextEmbeddings); its tokens are looked at on the `text_levels`
+    lowest levels, with `text_heads` heads, and its first token joins the times. picture_channels: channels of a
+    picture in condition["picture"], (B, picture_channels + 1, H, W), the last of which says where there is one; it
+    is laid beside the state. The output layer starts at zero. Raises ConfigError where the picture cannot be
+    halved that often.
     """
 
     def __init__(
@@ -73,10 +91,16 @@ class UNet(nn.Module):
         groups: int = 8,
         frequencies: int = 16,
         max_rate: float = 32.0,
+        *,
+        patch: int = 1,
+        text: nn.Module | None = None,
+        text_levels: int = 2,
+        text_heads: int = 4,
+        picture_channels: int = 0,
     ) -> None:
         super().__init__()
         self.data_shape = tuple(data_shape)
-        _check_shape(self.data_shape, len(channels))
+        _check_shape(self.data_shape, len(channels), patch)
         if attention_heads and channels[-1] % attention_heads:
             raise ConfigError(
                 f"attention_heads must divide the last of channels, {channels[-1]}: got {attention_heads}."
@@ -84,38 +108,66 @@ class UNet(nn.Module):
         width = 4 * channels[0]
         self.time = TimeEmbedding(width, frequencies, max_rate)
         self.classes = ClassEmbedding(num_classes, width) if num_classes else None
-        self.enter = nn.Conv2d(data_shape[0], channels[0], 3, padding=1)
+        self.text, self.picture_channels = text, picture_channels
+        tokens = None if text is None else int(text.width)  # type: ignore[arg-type]
+        self.caption = None if tokens is None else nn.Linear(tokens, width)
+        pixels = self.data_shape[0] * patch**2
+        beside = (picture_channels + 1) * patch**2 if picture_channels else 0
+        self.fold, self.unfold = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
+        self.enter = nn.Conv2d(pixels + beside, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
+
+        def level(i: int, inside: int) -> _Level:
+            looks = tokens if i >= len(channels) - text_levels else None
+            return _Level([inside, *[channels[i]] * blocks], width, groups, text_heads, looks)
+
         inside = channels[0]
-        for outside in channels:
-            sizes = [inside] + [outside] * (blocks - 1)
-            self.down.append(nn.ModuleList(_Block(size, outside, width, groups) for size in sizes))
+        for i, outside in enumerate(channels):
+            self.down.append(level(i, inside))
             inside = outside
-        self.attention = _Attention(inside, attention_heads, groups) if attention_heads else nn.Identity()
+        self.attention = _Looking(inside, attention_heads, groups) if attention_heads else nn.Identity()
         self.middle = _Block(inside, inside, width, groups)
-        for outside in reversed(channels):
-            sizes = [inside + outside] + [outside] * (blocks - 1)
-            self.up.append(nn.ModuleList(_Block(size, outside, width, groups) for size in sizes))
+        for i, outside in reversed(list(enumerate(channels))):
+            self.up.append(level(i, inside + outside))
             inside = outside
         self.norm = _norm(groups, inside)
-        self.leave = nn.Conv2d(inside, data_shape[0], 3, padding=1)
+        self.leave = nn.Conv2d(inside, pixels, 3, padding=1)
         start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
-        embedding = functional.silu(conditioning(self.time, self.classes, s, t, condition))
-        h = self.enter(x)
+        embedding, text = self._told(x, s, t, condition)
+        h = self.enter(self.fold(self._beside(x, condition)))
         skips = []
-        for level, group in enumerate(self.down):
-            if level:
+        for i, level in enumerate(self.down):
+            if i:
                 h = functional.avg_pool2d(h, 2)
-            h = _through(group, h, embedding)
+            h = level(h, embedding, text)
             skips.append(h)
         h = self.middle(self.attention(h), embedding)
-        for level, group in enumerate(self.up):
-            if level:
+        for i, level in enumerate(self.up):
+            if i:
                 h = functional.interpolate(h, scale_factor=2.0, mode="nearest")
-            h = _through(group, torch.cat([h, skips.pop()], 1), embedding)
-        return self.leave(functional.silu(self.norm(h)))
+            h = level(torch.cat([h, skips.pop()], 1), embedding, text)
+        return self.unfold(self.leave(functional.silu(self.norm(h))))
+
+    def _told(
+        self, x: State, s: Times, t: Times, condition: Condition | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return what is known besides the picture: times, class and caption as one vector, and the text's tokens."""
+        needs = self.text is not None or self.picture_channels > 0
+        embedding = conditioning(self.time, self.classes, s, t, condition, other=needs)
+        if self.text is None or self.caption is None:
+            return functional.silu(embedding), None
+        tokens, mask = self.text(condition, embedding)
+        return functional.silu(embedding + self.caption(tokens[:, 0])), (tokens, mask)
+
+    def _beside(self, x: State, condition: Condition | None) -> Tensor:
+        """Return the state with the condition's picture laid beside it, zeros where there is none."""
+        if not self.picture_channels:
+            return x
+        if condition is None:
+            return torch.cat([x, x.new_zeros(len(x), self.picture_channels + 1, *x.shape[2:])], 1)
+        return torch.cat([x, condition["picture"].to(x)], 1)
 
 
 def _norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -123,16 +175,10 @@ def _norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(groups, channels), channels)
 
 
-def _through(group: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-    for block in group.children():
-        h = block(h, embedding)
-    return h
-
-
-def _check_shape(data_shape: tuple[int, ...], levels: int) -> None:
-    divisor = 2 ** (levels - 1)
+def _check_shape(data_shape: tuple[int, ...], levels: int, patch: int) -> None:
+    divisor = patch * 2 ** (levels - 1)
     if len(data_shape) != 3 or data_shape[1] % divisor or data_shape[2] % divisor:
         raise ConfigError(
-            f"A U-Net with {levels} levels needs pictures (C, H, W) with H and W divisible by {divisor}, "
-            f"got {data_shape}: use fewer levels or pad the pictures."
+            f"A U-Net with {levels} levels and patch {patch} needs pictures (C, H, W) with H and W divisible by "
+            f"{divisor}, got {data_shape}: use fewer levels or pad the pictures."
         )
