@@ -1,7 +1,21 @@
-"""Data modules: points, digits, prompts. A batch is a function of (seed, step) alone, so that resuming is exact."""
+"""Data modules: a batch is a function of (seed, step) alone, so that resuming is exact."""
 
 from steerfm.data.digits import Digits
+from steerfm.data.folders import ImageFolder
+from steerfm.data.hub import HuggingFaceData
+from steerfm.data.latents import Latents, cache_latents
 from steerfm.data.points import Points
 from steerfm.data.prompts import Prompts, PromptSeeds
+from steerfm.data.shapes import Shapes
 
-__all__ = ["Digits", "Points", "PromptSeeds", "Prompts"]
+__all__ = [
+    "Digits",
+    "HuggingFaceData",
+    "ImageFolder",
+    "Latents",
+    "Points",
+    "PromptSeeds",
+    "Prompts",
+    "Shapes",
+    "cache_latents",
+]

@@ -6,6 +6,7 @@ resumed run sees what it would have seen, and the number of processes changes no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,11 +50,11 @@ def epoch_indices(size: int, step: int, batch_size: int, seed: int) -> Tensor:
     """Return the global batch's indices at `step` of an endless stream of shuffled epochs, (batch_size,)."""
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // size, (last - 1) // size + 1)
-    stream = torch.cat([_permutation(size, seed, epoch) for epoch in epochs])
-    start = first - epochs[0] * size
-    return stream[start : start + batch_size]
+    orders = ((epoch * size, _permutation(size, seed, epoch)) for epoch in epochs)
+    return torch.cat([order[max(0, first - start) : last - start] for start, order in orders])
 
 
+@functools.lru_cache(maxsize=4)  # a large set is permuted once an epoch, not at every step
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch_generator(seed, "data", epoch))
 
