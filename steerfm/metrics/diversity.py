@@ -15,7 +15,8 @@ def mean_pairwise_distance(x: Tensor, *, chunk: int = 1024) -> float:
     """Return the mean Euclidean distance over all pairs of different rows of x (N, *dim), N of at least 2.
 
     Exact, in float64, `chunk` rows at a time; no row is compared with itself, so that the figure does not depend
-    on N but for its sampling error (about one part in √N).
+    on N but for its sampling error (about one part in √N). It has no floor: the yardstick is real data's own
+    figure, and both too little and too much are wrong.
     """
     vectors = as_vectors(x, least=2, name="A mean pairwise distance")
     vectors = vectors - vectors.mean(0)  # so that the matrix-product formula loses nothing to cancellation
@@ -31,7 +32,8 @@ def mean_pairwise_distance(x: Tensor, *, chunk: int = 1024) -> float:
 def nearest_distance(x: Tensor, data: Tensor, *, chunk: int = 1024) -> Tensor:
     """Return the Euclidean distance of each row of x (N, *dim) to the nearest row of data (M, *dim); float64 (N,).
 
-    It falls as M grows: compare figures against one data set only. Zero means a copy of the data.
+    It falls as M grows: compare figures against one data set only. Zero means a copy of the data. Its floor is the
+    distance of real data that are not in the set, `floor_of(lambda a, b: nearest_distance(a, b).mean(), data)`.
     """
     vectors, known = as_vectors(x, name="A nearest distance"), as_vectors(data, name="A nearest distance's data")
     same_dimension(vectors, known)

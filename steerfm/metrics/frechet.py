@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from steerfm.errors import DataError
+from steerfm.metrics.floors import floor_of
 from steerfm.metrics.points import as_vectors, same_dimension
 
 
@@ -64,9 +64,10 @@ def frechet_floor(features: Tensor, n: int | None = None, *, repeats: int = 16, 
     n = len(x) if n is None else n
     if n < 2:
         raise DataError(f"A Fréchet floor needs n of at least 2, got {n}.")
-    generator, whole = np.random.default_rng(seed), statistics(x)
-    draws = (torch.from_numpy(generator.integers(len(x), size=n)) for _ in range(repeats))
-    return float(np.mean([frechet_distance(x[draw], whole) for draw in draws]))
+    whole = statistics(x)  # once, not once a draw
+    return floor_of(
+        lambda draw, _: frechet_distance(draw, whole), x, n, with_replacement=True, repeats=repeats, seed=seed
+    ).mean
 
 
 def frechet_between_halves(features: Tensor, *, repeats: int = 16, seed: int = 0) -> float:
@@ -75,7 +76,4 @@ def frechet_between_halves(features: Tensor, *, repeats: int = 16, seed: int = 0
     Real against real: above `frechet_floor`, since the halves share nothing and are smaller.
     """
     x = as_vectors(features, least=4, name="A Fréchet distance between halves")
-    generator = np.random.default_rng(seed)
-    orders = [torch.from_numpy(generator.permutation(len(x))) for _ in range(repeats)]
-    middle = len(x) // 2
-    return float(np.mean([frechet_distance(x[order[:middle]], x[order[middle:]]) for order in orders]))
+    return floor_of(frechet_distance, x, repeats=repeats, seed=seed).mean
