@@ -65,7 +65,9 @@ class ImageFolder(StepDataModule):
             log.warning("%d pictures in %s have no caption, so their prompt is empty: %s",
                         len(bare), self.folder, listed(bare))  # fmt: skip
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Return how many pictures can be used."""
         return len(self.gallery)
 
     def batch(self, step: int) -> dict[str, Any]:

@@ -75,7 +75,9 @@ class HuggingFaceData(StepDataModule):
             self.pictures = _gallery(table, columns, frame, self.where, cache_gib, validation_size)
             self._identity = f"{path_or_id} {split} {table._fingerprint}"
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Return how many pictures can be used; not of a stream."""
         return len(self._numbered())
 
     def batch(self, step: int) -> dict[str, Any]:

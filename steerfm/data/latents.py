@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 INDEX_NAME = "latents.json"
+HEADER = "steerfm"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)  # what a damaged file makes us raise
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,7 +46,8 @@ class Encoder(Protocol):
 class Pictures(Protocol):
     """Hold pictures by number, as ImageFolder and HuggingFaceData do."""
 
-    def __len__(self) -> int: ...
+    @property
+    def count(self) -> int: ...
 
     def rows(self, index: Iterable[int], /) -> dict[str, Any]: ...
 
@@ -63,9 +66,9 @@ def cache_latents(
 ) -> Path:
     """Encode all pictures of `data` and write their latents with the captions into `folder`; return the folder.
 
-    codec: what has `encode`; one that is a module, or holds one, is fed on its device. batch_size: pictures encoded at once. shard_size:
-    pictures a file. dtype: "float32", "float16" or "bfloat16", of what is stored. A folder that is complete is
-    left as it is, an unfinished one is completed, without encoding again what it holds.
+    codec: what has `encode`; one that is a module, or holds one, is fed on its device. batch_size: pictures
+    encoded at once. shard_size: pictures a file. dtype: "float32", "float16" or "bfloat16", of what is stored. A
+    folder that is complete is left as it is, an unfinished one is completed, without encoding again what it holds.
     Raises DataError where the folder holds latents of other pictures or another codec, or where a latent is not
     finite; RunError where it cannot be written or another process writes it.
     """
@@ -83,14 +86,14 @@ def cache_latents(
             _require_key(str(_read_index(folder).get("key")), key, folder)
             log.info("%s is complete", folder)
             return folder
-        starts = range(0, len(data), shard_size)
+        starts = range(0, data.count, shard_size)
         paths = [folder / f"latents-{number:05d}.safetensors" for number in range(len(starts))]
-        for path, start in progress(list(zip(paths, starts, strict=True)), f"Encoding {len(data)} pictures"):
+        for path, start in progress(list(zip(paths, starts, strict=True)), f"Encoding {data.count} pictures"):
             if not _is_whole(path, key):
-                rows = range(start, min(start + shard_size, len(data)))
+                rows = range(start, min(start + shard_size, data.count))
                 x0, captions = _encoded(codec, data, rows, batch_size)
-                header = {"key": key, "captions": json.dumps(captions)}
-                write_atomic(path, serialise({"x0": x0.to(TYPES[dtype])}, header))
+                header = json.dumps({"key": key, "captions": captions})  # in one entry: several have no fixed order
+                write_atomic(path, serialise({"x0": x0.to(TYPES[dtype])}, {HEADER: header}))
         index = {"format": FORMAT, "key": key, **origin, **_summary(paths)}
         write_atomic(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     finally:
@@ -131,7 +134,9 @@ class Latents(StepDataModule):
             self.captions += captions
         self.validation, self.training = divided(len(self.captions), validation_size)
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Return how many latents there are."""
         return len(self.captions)
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -215,8 +220,8 @@ def _is_whole(path: Path, key: str) -> bool:
         return False
     try:
         with safe_open(path, "pt") as shard:
-            found = (shard.metadata() or {}).get("key", "")
-    except (OSError, safetensors.SafetensorError):
+            found = json.loads((shard.metadata() or {})[HEADER])["key"]
+    except DAMAGE:
         log.warning("%s is damaged and is made again", path)
         return False
     _require_key(found, key, path)
@@ -244,7 +249,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder} has no {INDEX_NAME}, so it holds no latents or unfinished ones: run cache_latents (again)."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is damaged ({error!r}): delete it and run cache_latents again.") from error
     if version > FORMAT:
         raise DataError(f"{path} was written by a newer steerfm: upgrade steerfm to read it.")
@@ -261,7 +266,7 @@ def _open_shard(folder: Path, entry: dict[str, Any], shape: tuple[int, ...], ver
             intact = _digest(path) == entry["sha256"]
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: restore it, or run cache_latents again.") from error
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except DAMAGE as error:
         raise DataError(
             f"{path} is damaged ({error}): delete it and {INDEX_NAME}, and run cache_latents again."
         ) from error
@@ -275,7 +280,7 @@ def _open_shard(folder: Path, entry: dict[str, Any], shape: tuple[int, ...], ver
 def _read_shard(path: Path) -> tuple[Tensor, list[str]]:
     """Return a shard's latents, mapped from the file and not yet read, and its captions."""
     with safe_open(path, "pt") as shard:
-        return shard.get_tensor("x0"), json.loads((shard.metadata() or {})["captions"])
+        return shard.get_tensor("x0"), json.loads((shard.metadata() or {})[HEADER])["captions"]
 
 
 def _digest(path: Path) -> str:
