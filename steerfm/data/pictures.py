@@ -123,6 +123,8 @@ class Frame:
         several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a camera's JPEG with a preview
         if several and self.animated == "skip":
             raise Unusable("animated or of several pages; animated=first takes the first")
+        if image.format in ("JPEG", "MPO"):  # decoded at a half, quarter or eighth, if that is twice what is asked for
+            image.draft(image.mode, (2 * max(self.shape), 2 * max(self.shape)))
         if image.format == "PNG":  # its checksums find what decoding may not
             image.verify()
             image = Image.open(io.BytesIO(data), formats=FORMATS)

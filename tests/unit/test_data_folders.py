@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -189,6 +190,14 @@ def test_pictures_are_framed_in_the_middle() -> None:
     assert torch.equal(line[0], torch.ones(4, 4))
     with pytest.raises(Unusable, match="too long and narrow: 9000x1 pixels"):
         Frame((100, 100), crop="random", max_pixels=2**16).read(encoded(Image.new("L", (9000, 1)), "PNG"))
+
+
+def test_photographs_are_decoded_no_larger_than_needed() -> None:
+    photograph = noisy(5, 7).resize((1400, 1000), Image.Resampling.BICUBIC)
+    exact = photograph.resize((70, 50), Image.Resampling.BICUBIC)
+    found = read_one(photograph, "JPEG", (50, 70), quality=95, subsampling=0)
+    expected = torch.from_numpy(np.array(exact)).permute(2, 0, 1) / 255
+    assert (found - expected).abs().max() < 4 / 255  # what JPEG loses, and what halving it twice first does
 
 
 def test_random_crops_and_mirrors_follow_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,12 +518,15 @@ def test_a_thousand_pictures_train_and_resume(thousand: Path, tmp_path: Path, ca
     assert not equal(expected, training(data).state_dict())
 
 
-def test_the_recipe_s_line_trains(thousand: Path, workplace: Path) -> None:
+def test_the_guide_s_line_trains(thousand: Path, workplace: Path) -> None:
     from steerfm.cli import main
 
-    values = ["data.size=8", "data.channels=1", "data.batch_size=8", "network.width=16", "network.depth=1"]
-    values += ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.enable_progress_bar=false"]
-    assert main(["train", "recipe=digits", "name=own", "data=image_folder", f"data.folder={thousand}", *values]) == 0
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^steerfm (train .*data=image_folder .*)$", guide, re.MULTILINE)
+    (workplace / "my_pictures").symlink_to(thousand)
+    values = ["data.batch_size=8", "network.channels=[8,8]", "name=own", "trainer.max_steps=2"]
+    values += ["trainer.val_check_interval=2", "trainer.enable_progress_bar=false"]
+    assert main([*shlex.split(line), *values]) == 0
     assert any((workplace / "runs" / "own" / "map").glob("*.safetensors"))
 
 

@@ -1,6 +1,7 @@
 """Hugging Face data sets, made in the test: at random and as streams, broken pictures, captions, resuming."""
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,18 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         HuggingFaceData(path, streaming=True).rows([0])
     with pytest.raises(DataError, match=r"has no pictures to train on: check its split and validation_size"):
         HuggingFaceData(path, streaming=True, validation_size=COUNT).batch(0)
+
+
+def test_a_missing_package_names_the_extra(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steerfm.cli import main
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["train", "recipe=digits", "name=x", "data=hugging_face", "data.path_or_id=a/b"]) == 2
+    assert (
+        "needs the package 'datasets', which is not installed: pip install 'steerfm[data]'" in capsys.readouterr().err
+    )
 
 
 def test_scripts_in_a_data_set_are_not_run(tmp_path: Path) -> None:
