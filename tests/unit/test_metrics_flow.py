@@ -12,6 +12,7 @@ from trainers import digit_map
 
 from steerfm import FlowMap, GaussianMixture, Trigonometric, analytic_flow_map, digits, divergence, metrics
 from steerfm.errors import ConfigError
+from steerfm.sampling import heun
 from steerfm.types import Condition
 
 
@@ -142,6 +143,9 @@ def test_batches_and_conditions_go_together() -> None:
     whole, parts = (metrics.endpoint_agreement(flow_map, x1, condition, steps=4, batch_size=size) for size in (256, 2))
     assert whole.gap == pytest.approx(parts.gap, rel=1e-4)
     assert whole.floor == pytest.approx(parts.floor, rel=1e-4)
+    with torch.no_grad():
+        off = flow_map.jump(x1, 1.0, 0.0, condition) - heun(flow_map, x1, 4, condition)
+    assert whole.gap == pytest.approx(float(off.square().sum((1, 2, 3)).mean().sqrt()), rel=1e-5)
 
 
 def test_unfit_input_is_one_sentence() -> None:

@@ -30,6 +30,16 @@ def test_precision_and_recall_by_hand(chunk: int) -> None:
     assert found.density == (2 + 2) / 4  # 0 and 0.5 each lie in the balls around 0 and 1
     assert found.coverage == 0.5
     assert (found.k, found.samples, found.reference) == (1, 4, 4)
+    narrow = metrics.precision_recall(line(6, 6.5), line(0, 1, 3, 10), k=1, chunk=chunk)
+    assert (narrow.precision, narrow.recall) == (1, 0)  # in 10's ball of 7, with balls of 0.5 themselves
+    assert (narrow.density, narrow.coverage) == (1, 0.25)
+
+
+def test_the_chunk_does_not_matter() -> None:
+    x, y = normal(30, 3), normal(40, 3, seed=1)
+    whole = metrics.precision_recall(x, y)
+    assert 0 < whole.recall < 1
+    assert all(metrics.precision_recall(x, y, chunk=chunk) == whole for chunk in (1, 7, 39))
 
 
 def test_k_is_the_number_of_neighbours() -> None:
@@ -70,6 +80,7 @@ def test_density_and_coverage_of_a_perfect_generator(n: int, m: int, k: int) -> 
         error = float(np.std(values, ddof=1)) / math.sqrt(40)
         assert error < 0.02
         assert abs(np.mean(values) - expected) < 4 * error
+    assert metrics.expected_coverage(1, 2, 1) == 0.5  # of two others, data or sample, either may be the nearer
     assert metrics.expected_coverage(10**9, 10**9, 3) == pytest.approx(1 - 1 / 8)
 
 
