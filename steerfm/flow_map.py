@@ -179,9 +179,19 @@ class FlowMap(nn.Module):
         """Return a copy whose weights are its own and take no gradient: a reference or a teacher."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
-    def save(self, folder: str | os.PathLike[str]) -> FilePath:
-        """Write flow_map.json and flow_map.safetensors into `folder`; see `FlowMap.load`."""
-        return save_flow_map(self, FilePath(folder))
+    def save(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> FilePath:
+        """Write flow_map.json and flow_map.safetensors into `folder`; see `FlowMap.load`.
+
+        dtype: the floating type of the file (torch.float16 halves it); the map is loaded in its own type again.
+        """
+        return save_flow_map(self, FilePath(folder), dtype)
+
+    @classmethod
+    def from_zoo(cls, name: str) -> FlowMap:
+        """Load a trained map that ships with the package, such as "shapes32"; `steerfm.zoo.MAPS` names them."""
+        from steerfm import zoo
+
+        return cls.load(zoo.folder(name, zoo.MAPS))
 
     @classmethod
     def load(

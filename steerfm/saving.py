@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 JSON_NAME, WEIGHTS_NAME = "flow_map.json", "flow_map.safetensors"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
@@ -40,12 +41,17 @@ def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
     return description
 
 
-def save_flow_map(flow_map: FlowMap, folder: Path) -> Path:
-    """Write the map into `folder` and return it. Raises RunError where it cannot be written."""
+def save_flow_map(flow_map: FlowMap, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the map into `folder` and return it. Raises RunError where it cannot be written.
+
+    dtype: the floating type of the file, such as torch.float16; a map is loaded in the type that it had, all the same.
+    """
     tensors = {_plain(name): tensor.detach().cpu().contiguous() for name, tensor in flow_map.state_dict().items()}
-    text = json.dumps(
-        {"format": FORMAT, "weights": flow_map.weights, "flow_map": describe_flow_map(flow_map)}, indent=2
-    )
+    described: dict[str, Any] = {"format": FORMAT, "weights": flow_map.weights}
+    if dtype is not None and dtype != flow_map.dtype:
+        tensors = _in_type(tensors, dtype)
+        described["dtype"] = str(flow_map.dtype).removeprefix("torch.")
+    text = json.dumps({**described, "flow_map": describe_flow_map(flow_map)}, indent=2)
     write_atomic(folder / WEIGHTS_NAME, serialise(_unshared(tensors)))
     write_atomic(folder / JSON_NAME, text.encode())
     return folder
@@ -53,6 +59,11 @@ def save_flow_map(flow_map: FlowMap, folder: Path) -> Path:
 
 def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")  # torch.compile wraps a network in another module
+
+
+def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors with those of a floating type in `dtype`."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,6 +108,7 @@ def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, d
     try:
         saved = json.loads((folder / JSON_NAME).read_text())
         description, taken, version = dict(saved["flow_map"]), saved["weights"], int(saved["format"])
+        dtype = DTYPES[saved["dtype"]] if "dtype" in saved else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / JSON_NAME} is damaged ({error!r}): save the map again.") from error
     if version > FORMAT:
@@ -104,7 +116,8 @@ def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, d
     if weights is not None and weights != taken:
         raise CheckpointError(f"{folder} holds the {taken} weights only: load the run's checkpoint for {weights}.")
     try:
-        return description, load_file(folder / WEIGHTS_NAME), taken
+        tensors = load_file(folder / WEIGHTS_NAME)
+        return description, tensors if dtype is None else _in_type(tensors, dtype), taken
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy it beside {JSON_NAME}.") from error
     except (OSError, safetensors.SafetensorError) as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from steerfm.errors import DataError, nearest
-from steerfm.shapes import COLORS, SHAPES, SIZES, Object, Scene, relation
+from steerfm.shapes import COLORS, LEAST_FIT, SHAPES, SIZES, Object, Scene, lies, relation
 
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3}
@@ -64,8 +64,13 @@ class Description:
 
     @staticmethod
     def of(objects: Iterable[Wanted], place: str = "") -> Description:
-        """Return the description with its parts in order; `place` is any of the four."""
+        """Return the description with its parts in order; `place` is any of the four. Raises DataError for others."""
         first = list(objects)
+        if place and (place not in (*INVERSE, *INVERSE.values()) or len(first) < 2):
+            raise DataError(
+                f"A place is one of {', '.join([*INVERSE, *INVERSE.values()])}, of two objects: got '{place}' and "
+                f"{len(first)}."
+            )
         for before, inverse in INVERSE.items():
             if place == inverse:
                 first[:2], place = [first[1], first[0]], before
@@ -78,7 +83,7 @@ class Followed:
     """How well a scene follows a caption, each part in [0, 1].
 
     color, shape: shares of the wanted colours and shapes that are there; count: 1 where there are as many objects
-    as wanted; binding: share of wanted objects that are there with all their attributes; position: 1 where the
+    as wanted and nothing else of their size; binding: share of wanted objects that are there with all their attributes; position: 1 where the
     wanted objects lie as asked, None where no place was asked for; correct: 1 where all of it is right.
     """
 
@@ -120,6 +125,12 @@ def plain(description: Description) -> str:
     if not description.place:
         return _listed(phrases)
     return ", and ".join([f"{phrases[0]} {description.place} {phrases[1]}", *phrases[2:]])
+
+
+def paraphrases(caption: str, ways: int = 8) -> list[str]:
+    """Return several ways to say a caption, always the same; raises DataError as `read` does."""
+    description = read(caption)
+    return [say(description, np.random.default_rng(i)) for i in range(ways)]
 
 
 def _listed(phrases: Sequence[str]) -> str:
@@ -172,13 +183,13 @@ def read(caption: str) -> Description:
 class _Reader:
     """Read one caption from left to right.
 
-    sentence: part ("and" part)*;  part: phrase | phrase place phrase | place phrase "is" phrase;
-    phrase: [number] attribute* noun ["that" ("is" | "are") attribute ("and" attribute)*].
+    sentence: part (["and"] part)*;  part: ["is"] phrase | phrase ["is"] place phrase | place phrase ["is"] phrase;
+    phrase: [number] attribute* noun ["that" "is" attribute* ("and" attribute)*]. "are" is read as "is" is.
     """
 
     def __init__(self, caption: str) -> None:
         self.caption = caption
-        self.words = [word for word in re.findall(r"[^\s,.;]+", caption.lower()) if word not in FILLERS]
+        self.words = [word for word in re.findall(r"[\w'-]+", caption.lower()) if word not in FILLERS]
         self.at = 0
 
     def sentence(self) -> Description:
@@ -206,6 +217,7 @@ class _Reader:
             b = self.phrase()
             self.take("is", "are")
             return self.placed(self.phrase(), b, place)
+        self.take("is", "are")  # of "there is"
         a = self.phrase()
         self.take("is", "are")
         if self.word() not in PLACES:
@@ -229,6 +241,8 @@ class _Reader:
             raise self.error(
                 f"a shape was expected at '{noun}'{nearest(noun, NOUNS)}" if noun else "a shape is missing"
             )
+        if number < 2 and noun != NOUNS[noun]:
+            raise self.error(f"'{noun}' are several: say 'two {noun}' or 'three {noun}'")
         self.at += 1
         if self.take("that"):
             self.take("is", "are")
@@ -261,18 +275,25 @@ class _Reader:
         return taken
 
     def error(self, reason: str) -> DataError:
-        return DataError(f"The caption '{self.caption}' cannot be read as a scene: {reason}.")
+        return DataError(
+            f"The caption '{self.caption}' cannot be read as a scene: {reason.removesuffix('?')}"
+            + ("?" if reason.endswith("?") else ".")
+        )
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------
 
 
 def follow(description: Description, scene: Scene) -> Followed:
-    """Return how well a scene, parsed or true, follows a description."""
-    wanted = description.objects
+    """Return how well a scene, parsed or true, follows a description.
+
+    Of a scene from `shapes.patches`, the patches that fit no shape are no objects, but spoil the count.
+    """
+    wanted, patches = description.objects, scene
+    scene = tuple(item for item in patches if item.fit >= LEAST_FIT)
     color = _share([item.color for item in wanted if item.color], [item.color for item in scene])
     shape = _share([item.shape for item in wanted], [item.shape for item in scene])
-    count = float(len(scene) == len(wanted))
+    count = float(len(patches) == len(scene) == len(wanted))
     binding, placed = _matched(description, scene)
     position = placed if description.place else None
     correct = float(count == 1 and binding == 1 and position != 0)
@@ -301,4 +322,4 @@ def _lies(description: Description, scene: Scene, chosen: Sequence[int | None]) 
     """Return 1 if the first two chosen objects lie as a description asks, else 0."""
     if not description.place or chosen[0] is None or chosen[1] is None:
         return 0.0
-    return float(relation(scene[chosen[0]], scene[chosen[1]]) == description.place)
+    return float(lies(scene[chosen[0]], scene[chosen[1]], description.place))

@@ -6,6 +6,7 @@ from steerfm.data.hub import HuggingFaceData
 from steerfm.data.latents import Latents, cache_latents
 from steerfm.data.points import Points
 from steerfm.data.prompts import Prompts, PromptSeeds
+from steerfm.data.shape_pairs import ShapePairs
 from steerfm.data.shapes import Shapes
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Points",
     "PromptSeeds",
     "Prompts",
+    "ShapePairs",
     "Shapes",
     "cache_latents",
 ]
