@@ -9,6 +9,7 @@ Captions of scenes are in shape_captions.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -39,10 +40,13 @@ SPLITS = ("train", "held_out", "unseen")
 GAP = 0.07  # between the bounding boxes of two objects: more than two pixels of 32
 MARGIN = 0.03  # between an object and the border
 
-# What the parser takes for an object. True scenes fit at 0.97 or better (tests/unit/test_shapes.py).
+# What the parser takes for an object. True scenes fit at 0.95 or better at 32 pixels, 0.98 at 64; at 16, 0.77.
 LEAST_COVERAGE = 0.5  # of a pixel that belongs to a patch
 LEAST_AREA = 0.012  # of a patch, as a share of the picture; the smallest object has 0.032
+MOST_RADIUS = 0.25  # of a shape that is fitted; the largest object has 0.19
+LEAST_COSINE = 0.95  # between a patch's mean colour and its hue: 18 degrees, where white is 30 from all of them
 LEAST_FIT = 0.80
+TIE = 0.015  # parsing may move the gap between two centres by this much, as a share of the side
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Object:
     radius: float
     fit: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES or self.color not in COLORS or not self.radius > 0:
+            raise ConfigError(
+                f"An object is one of {', '.join(SHAPES)}, in one of {', '.join(COLORS)}, with a radius above 0: "
+                f"got '{self.shape}', '{self.color}' and {self.radius}."
+            )
+
     @property
     def size(self) -> str:
         """Return "small" or "large"."""
@@ -74,6 +85,15 @@ def relation(a: Object, b: Object) -> str:
     if abs(across) >= abs(down):
         return "left of" if across < 0 else "right of"
     return "above" if down < 0 else "below"
+
+
+def lies(a: Object, b: Object, place: str) -> bool:
+    """Say whether a lies from b as `place` says ("left of", ...); near a diagonal, within TIE, either axis will do."""
+    across, down = a.x - b.x, a.y - b.y
+    if place not in ("left of", "right of"):
+        across, down = down, across
+    along = -across if place in ("left of", "above") else across
+    return along > 0 and along >= abs(down) - TIE
 
 
 def sample_scene(generator: np.random.Generator, count: int | None = None, split: str = "train") -> Scene:
@@ -137,6 +157,15 @@ def _placed(kinds: Sequence[tuple[str, str]], sizes: Sequence[str], generator: n
     return tuple(placed)
 
 
+def is_possible(scene: Scene) -> bool:
+    """Say whether all objects of a scene lie inside the picture, GAP apart from each other."""
+    for item in scene:
+        left, top, right, bottom = (extent * item.radius for extent in EXTENTS[item.shape])
+        if min(item.x - left, item.y - top, 1 - item.x - right, 1 - item.y - bottom) < MARGIN - 1e-9:
+            return False
+    return all(_apart(a, b) for a, b in itertools.combinations(scene, 2))
+
+
 def _apart(a: Object, b: Object) -> bool:
     """Say whether the bounding boxes of two objects are at least GAP apart along one axis."""
     left_a, top_a, right_a, bottom_a = (extent * a.radius for extent in EXTENTS[a.shape])
@@ -164,7 +193,7 @@ EXTENTS: dict[str, tuple[float, float, float, float]] = {
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 1
+    return torch.hypot(x, y.abs().clamp_min(1e-20)) - 1  # at (0, 0) hypot has no gradient
 
 
 def _square(x: Tensor, y: Tensor) -> Tensor:
@@ -228,23 +257,31 @@ def render(scenes: Sequence[Scene], size: int = 32) -> Tensor:
 
 
 def parse(images: Tensor) -> list[Scene]:
-    """Return what pictures (B, 3, H, W) in [0, 1] show: the objects of each, from left to right.
+    """Return what pictures (B, 3, H, H) in [0, 1] show: the objects of each, from left to right.
 
-    A patch of one colour counts as an object if it is large enough and some shape fits it (`Object.fit`, the
-    overlap of coverages over their union, at least LEAST_FIT). Patches that fit no shape are left out; `patches`
-    returns them too. Raises DataError for pictures of another form.
+    A patch of one colour counts as an object if it is large enough and some shape fits it (`Object.fit`, at least
+    LEAST_FIT). Patches that fit no shape are left out; `patches` returns them too. Raises as `patches` does.
     """
     return [tuple(item for item in found if item.fit >= LEAST_FIT) for found in patches(images)]
 
 
 def patches(images: Tensor) -> list[Scene]:
-    """Return every patch of one colour that is large enough, as the shape that fits it best, whatever its fit."""
+    """Return every patch of one colour that is large enough, as the shape that fits it best, whatever its fit.
+
+    The fit is the overlap of coverages over their union; 0 for a colour that the palette does not have. Numbers
+    outside [0, 1] are clamped. Raises DataError for pictures of another form, or that are not finite.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise DataError(f"Scenes are square RGB pictures (B, 3, H, H) in [0, 1], got {tuple(images.shape)}.")
-    images = images.detach().float().cpu().nan_to_num().clamp(0, 1)
+    if not images.is_floating_point():
+        raise DataError(f"Scenes are read from floats in [0, 1], got {images.dtype}: use steerfm.images.")
+    images = images.detach().float().cpu()
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise DataError(f"Picture {int(finite.int().argmin())} has pixels that are not finite: it shows no scene.")
     scenes: list[list[Object]] = [[] for _ in images]
-    for start in range(0, len(images), 1024):  # so that memory stays small
-        for i, item in _found(images[start : start + 1024]):
+    for start in range(0, len(images), 256):  # so that memory stays small
+        for i, item in _found(images[start : start + 256].clamp(0, 1)):
             scenes[start + i].append(item)
     return [tuple(sorted(scene, key=lambda item: item.x)) for scene in scenes]
 
@@ -252,26 +289,20 @@ def patches(images: Tensor) -> list[Scene]:
 def _found(images: Tensor) -> list[tuple[int, Object]]:
     """Return (picture, object) for every patch in a batch."""
     size = images.shape[-1]
-    color, covered = _unmixed(images)
-    label = _connected(color, covered > LEAST_COVERAGE)
-    picture, own = _patch_coverage(label, covered)
-    area = own.sum((1, 2)) / size**2
-    keep = area >= LEAST_AREA
-    picture, own, area = picture[keep], own[keep], area[keep]
-    if len(own) == 0:
+    hue, covered = _unmixed(images)
+    label = _connected(hue, covered > LEAST_COVERAGE)
+    names, pixels = label[label > 0].unique(return_counts=True)
+    names = names[pixels >= LEAST_AREA * size**2]
+    if len(names) == 0:
         return []
-    x, y, radius = _centre(own, area)
-    fits = torch.stack([_overlap(coverage(shape, x, y, radius, size), own) for shape in SHAPES], 1)
-    best, which = fits.max(1)
-    hue = _colour_of(own, color, picture)
-    return [
-        (int(picture[k]), Object(SHAPES[which[k]], list(COLORS)[hue[k]], *_numbers(x[k], y[k], radius[k], best[k])))
-        for k in range(len(own))
-    ]
-
-
-def _numbers(*values: Tensor) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    picture, hue = (names - 1) // size**2, hue.flatten()[names - 1]
+    own = _patch_coverage(label[picture], names, covered[picture])
+    x, y, radius = _centre(own)
+    fits = torch.stack([_overlap(coverage(shape, x, y, radius.clamp_max(MOST_RADIUS), size), own) for shape in SHAPES])
+    fit, shape = fits.max(0)
+    fit = fit * (_cosine(torch.einsum("kchw,khw->kc", images[picture], own), hue) >= LEAST_COSINE)
+    numbers = torch.stack([x, y, radius, fit], 1).tolist()
+    return [(int(picture[k]), Object(SHAPES[shape[k]], list(COLORS)[hue[k]], *numbers[k])) for k in range(len(names))]
 
 
 def _unmixed(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,50 +317,59 @@ def _unmixed(images: Tensor) -> tuple[Tensor, Tensor]:
     return hue, along.gather(1, hue[:, None])[:, 0].clamp(0, 1)
 
 
-def _connected(color: Tensor, inside: Tensor) -> Tensor:
-    """Return a label for every pixel of a connected patch of one colour, unique in its picture; 0 elsewhere.
+def _cosine(colors: Tensor, hue: Tensor) -> Tensor:
+    """Return the cosine between colours (K, 3) and hues of the palette (K,); (K,)."""
+    return functional.cosine_similarity(colors, torch.tensor(list(COLORS.values()))[hue])
 
-    Labels spread to like-coloured neighbours (edges and corners) until nothing changes.
+
+def _connected(hue: Tensor, inside: Tensor) -> Tensor:
+    """Return a label for every pixel of a connected patch of one hue, (B, H, W) long; 0 elsewhere.
+
+    A patch's label is the place of its last pixel, counted from 1 through the batch. Every pixel points to one
+    further on in its patch; where neighbours (by edge or corner) point to two different ones, the nearer of these is
+    made to point to the other, and all pointers are shortened, until nothing changes: about log(pixels) rounds.
     """
-    _, height, width = inside.shape
-    own = torch.arange(1, height * width + 1, dtype=torch.float32).reshape(height, width)  # exact up to 4096 a side
-    planes = functional.one_hot(color, len(COLORS)).movedim(-1, 1) * inside[:, None].float()
-    label = own * planes
+    a, b = _neighbours(hue, inside)
+    end = torch.arange(inside.numel())
     while True:
-        spread = functional.max_pool2d(label, 3, stride=1, padding=1) * planes
-        if torch.equal(spread, label):
-            return label.amax(1).long()
-        label = spread
+        further = torch.maximum(end[a], end[b])
+        tied = end.scatter_reduce(0, torch.cat([end[a], end[b]]), further.repeat(2), "amax")
+        tied = tied[tied]
+        if torch.equal(tied, end):
+            return torch.where(inside, end.reshape(inside.shape) + 1, 0)
+        end = tied
 
 
-def _patch_coverage(label: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each patch's picture (K,) and coverage (K, H, W): its own pixels and the faint ones around them."""
-    batch, pixels = len(label), label[0].numel() + 1
-    keys = label + pixels * torch.arange(batch)[:, None, None]
-    names = keys[label > 0].unique()
-    picture = names // pixels
-    core = keys[picture] == names[:, None, None]
+def _neighbours(hue: Tensor, inside: Tensor) -> Tensor:
+    """Return the places of all pairs of neighbouring pixels that are inside and of one hue, (2, pairs)."""
+    _, height, width = inside.shape
+    place = torch.arange(inside.numel()).reshape(inside.shape)
+    pairs = []
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        a = (slice(None), slice(height - down), slice(max(0, -right), width - max(0, right)))
+        b = (slice(None), slice(down, height), slice(max(0, right), width - max(0, -right)))
+        alike = inside[a] & inside[b] & (hue[a] == hue[b])
+        pairs.append(torch.stack([place[a][alike], place[b][alike]]))
+    return torch.cat(pairs, 1)
+
+
+def _patch_coverage(label: Tensor, names: Tensor, covered: Tensor) -> Tensor:
+    """Return each patch's coverage (K, H, W), in its picture's: its own pixels and the faint ones around them."""
+    core = label == names[:, None, None]
     near = functional.max_pool2d(core.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
-    faint = near & (label[picture] == 0)
-    return picture, covered[picture] * (core | faint)
+    return covered * (core | (near & (label == 0)))
 
 
-def _centre(own: Tensor, area: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the centre and radius of patches, (K,) each, in shares of the side."""
+def _centre(own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the centre and radius of patches (K, H, W); (K,) each, in shares of the side."""
     size = own.shape[-1]
     middle = (torch.arange(size) + 0.5) / size
     total = own.sum((1, 2))
     x = (own.sum(1) * middle).sum(1) / total
     y = (own.sum(2) * middle).sum(1) / total
-    return x, y, (area / math.pi).sqrt()
+    return x, y, (total / math.pi).sqrt() / size
 
 
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
     """Return the intersection of two coverages over their union, (K,)."""
     return torch.minimum(a, b).sum((1, 2)) / torch.maximum(a, b).sum((1, 2)).clamp_min(1e-6)
-
-
-def _colour_of(own: Tensor, color: Tensor, picture: Tensor) -> Tensor:
-    """Return the hue that covers most of each patch, (K,) long."""
-    shares = functional.one_hot(color, len(COLORS)).movedim(-1, 1)[picture] * own[:, None]
-    return shares.sum((2, 3)).argmax(1)

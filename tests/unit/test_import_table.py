@@ -34,6 +34,7 @@ SPLIT_FROM = {
     "records": "runs",
     "checking": "config",
     "reward_check": "reward",
+    "shape_captions": "shapes",
 }
 LAYER = {name: number for number, line in enumerate(TABLE.strip().splitlines()) for name in line.split()}
 LAYER |= {name: LAYER[origin] for name, origin in SPLIT_FROM.items()}
@@ -45,7 +46,7 @@ UPWARD = {
 }
 
 # Our own rewards have no privilege that a user's lack.
-REWARDS_MAY_IMPORT = {"reward", "images", "features", "shapes", "digits", "errors", "rewards"}
+REWARDS_MAY_IMPORT = {"reward", "images", "features", "shapes", "shape_captions", "digits", "errors", "rewards"}
 
 THIRD_PARTY = {
     "lightning": {"data", "modules", "callbacks", "commands"},
