@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.building import resolve
+from steerfm.conditions.pictures import captions_of
 from steerfm.errors import ConfigError, RewardError, nearest
 from steerfm.types import Values
 
@@ -55,9 +56,12 @@ class Reward(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} needs a method score(self, images, prompts, **metadata).")
 
     def forward(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
-        """Score a batch and check the result. Raises RewardError that names the reward and the sample."""
+        """Score a batch and check the result. Raises RewardError that names the reward and the sample.
+
+        Of a prompt "caption @ picture.png", which tells the map what to look at, only the caption is scored.
+        """
         _check_prompts(self.name, images, prompts)
-        images = _full(images)
+        images, prompts = _full(images), captions_of(prompts)
         values = _checked(self.score(images, prompts, **metadata), self.name, len(images))
         wants_gradient = self.differentiable and images.requires_grad and torch.is_grad_enabled()
         if wants_gradient and not values.requires_grad:

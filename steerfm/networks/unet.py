@@ -14,6 +14,7 @@ from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.networks.attention import Attention
 from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
+from steerfm.networks.text import told
 from steerfm.types import Condition, State, Times
 
 
@@ -167,7 +168,14 @@ class UNet(nn.Module):
             return x
         if condition is None:
             return torch.cat([x, x.new_zeros(len(x), self.picture_channels + 1, *x.shape[2:])], 1)
-        return torch.cat([x, condition["picture"].to(x)], 1)
+        picture = told(condition, "picture")
+        wanted, got = (self.picture_channels + 1, *x.shape[2:]), tuple(picture.shape[1:])
+        if got != wanted:
+            raise ConfigError(
+                f"The network reads pictures {wanted}, mask included, and the condition has {got}: "
+                f"write Pictures(channels={self.picture_channels}, size={tuple(x.shape[2:])})."
+            )
+        return torch.cat([x, picture.to(x)], 1)
 
 
 def _norm(groups: int, channels: int) -> nn.GroupNorm:
