@@ -1,6 +1,7 @@
 """Hugging Face data sets, made in the test: at random and as streams, broken pictures, captions, resuming."""
 
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_a_folder_of_pictures_is_a_data_set(streaming: bool, tmp_path: Path) -> 
     batch = HuggingFaceData(folder, size=4, batch_size=5, streaming=streaming).batch(0)
     pairs = zip(levels(batch["x0"]), batch["prompt"], strict=True)
     assert sorted(pairs) == [(i, f"grey {i}") for i in range(5)]
+
+
+def test_pictures_in_an_archive_are_streamed(tmp_path: Path) -> None:
+    shutil.make_archive(str(tmp_path / "archived" / "pictures"), "zip", coloured(tmp_path / "pictures", 5))
+    data = HuggingFaceData(tmp_path / "archived", size=4, batch_size=5, streaming=True)
+    assert sorted(levels(data.batch(0)["x0"])) == list(range(5))  # their paths are zip://a000.png::...
 
 
 def test_broken_pictures_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
