@@ -83,8 +83,9 @@ class Followed:
     """How well a scene follows a caption, each part in [0, 1].
 
     color, shape: shares of the wanted colours and shapes that are there; count: 1 where there are as many objects
-    as wanted and nothing else of their size; binding: share of wanted objects that are there with all their attributes; position: 1 where the
-    wanted objects lie as asked, None where no place was asked for; correct: 1 where all of it is right.
+    as wanted and nothing else of their size; binding: share of wanted objects that are there with all their
+    attributes; position: 1 where the wanted objects lie as asked, None where no place was asked for; correct: 1
+    where all of it is right.
     """
 
     color: float
