@@ -38,7 +38,10 @@ def test_the_vocabulary_is_what_captions_are_made_of() -> None:
 
 
 def test_the_recipe_has_the_vocabulary() -> None:
-    assert tuple(compose(["recipe=shapes"]).module.flow_map.conditioner.vocabulary) == VOCABULARY
+    assert (
+        tuple(compose("train", ["recipe=shapes"]).values["module"]["flow_map"]["conditioner"]["vocabulary"])
+        == VOCABULARY
+    )
 
 
 def ask(*objects: str, place: str = "") -> Description:

@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from steerfm.errors import ConfigError, DataError
 from steerfm.shapes import (
@@ -70,7 +69,7 @@ def kinds(scene: Scene) -> tuple[tuple[str, str], ...]:
 
 
 def test_splits_never_share_what_is_held_out() -> None:
-    train, held_out, unseen = ([s for s in scenes()[i * 3400 : (i + 1) * 3400]] for i in range(3))
+    train, held_out, unseen = (scenes()[i * 3400 : (i + 1) * 3400] for i in range(3))
     assert not UNSEEN & {kind for scene in [*train, *held_out] for kind in kinds(scene)}
     assert all(UNSEEN & set(kinds(scene)) for scene in unseen)
     several = [{kinds(scene) for scene in split if len(scene) > 1} for split in (train, held_out)]
@@ -82,7 +81,7 @@ def test_scenes_depend_on_the_generator_alone_and_never_change() -> None:
     scene = sample_scene(np.random.default_rng(5), 3)
     assert scene == sample_scene(np.random.default_rng(5), 3)
     assert len(scene) == 3
-    assert len({s for s in scenes()[:850]}) == 850
+    assert len(set(scenes()[:850])) == 850
 
 
 def test_objects_keep_clear_of_each_other_and_of_the_border() -> None:
@@ -97,13 +96,14 @@ def test_coverage_is_differentiable(shape: str) -> None:
     numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ([0.413], [0.557], [0.171])]
     assert torch.autograd.gradcheck(lambda x, y, r: coverage(shape, x, y, r, 12), numbers)
     centred = [torch.tensor([v], requires_grad=True) for v in (1.5 / 8, 1.5 / 8, 0.3)]  # a pixel's very centre
-    coverage(shape, *centred, 8).sum().backward()
+    coverage(shape, centred[0], centred[1], centred[2], 8).sum().backward()
     assert all(v.grad is not None and v.grad.isfinite().all() for v in centred)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_one_radius_have_one_area(shape: str) -> None:
-    area = coverage(shape, *(torch.tensor([v]) for v in (0.5, 0.51, 0.2)), 256).mean()
+    x, y, radius = torch.tensor([[0.5], [0.51], [0.2]])
+    area = coverage(shape, x, y, radius, 256).mean()
     assert float(area) == pytest.approx(math.pi * 0.2**2, rel=0.005)
 
 
@@ -155,7 +155,7 @@ def test_pictures_out_of_range_are_read_as_clamped() -> None:
 
 def test_each_picture_is_parsed_alone() -> None:
     pictures = render(scenes()[:300])
-    for together, i in zip(parse(pictures), range(0, 100), strict=False):
+    for together, i in zip(parse(pictures), range(100), strict=False):
         (alone,) = parse(pictures[i : i + 1])
         assert [(o.shape, o.color, o.size) for o in alone] == [(o.shape, o.color, o.size) for o in together]
         # sums of float32 numbers are taken in another order
@@ -182,8 +182,14 @@ def place(x: float, y: float) -> Object:
 
 @pytest.mark.parametrize(
     ("x", "y", "said"),
-    [(-0.3, 0.1, "left of"), (0.3, 0.1, "right of"), (0.1, -0.3, "above"), (0.1, 0.3, "below")]
-    + [(-0.25, 0.25, "left of"), (0.25, -0.25, "right of")],  # equally far: across counts
+    [
+        (-0.3, 0.1, "left of"),
+        (0.3, 0.1, "right of"),
+        (0.1, -0.3, "above"),
+        (0.1, 0.3, "below"),
+        (-0.25, 0.25, "left of"),
+        (0.25, -0.25, "right of"),
+    ],  # equally far: across counts
 )
 def test_relations(x: float, y: float, said: str) -> None:
     a, b = place(0.5 + x, 0.5 + y), place(0.5, 0.5)
@@ -211,7 +217,11 @@ def test_a_diagonal_is_wide_as_its_tie() -> None:
         (lambda: parse(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), DataError, r"torch\.uint8"),
         (lambda: parse(torch.eye(32).log().expand(2, 3, 32, 32)), DataError, "Picture 0 has pixels that are not"),
         (lambda: parse(torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), math.nan)])), DataError, "Picture 1"),
-        (lambda: coverage("sqare", *[torch.ones(1)] * 3, 8), ConfigError, "did you mean 'square'"),
+        (
+            lambda: coverage("sqare", torch.ones(1), torch.ones(1), torch.ones(1), 8),
+            ConfigError,
+            "did you mean 'square'",
+        ),
         (lambda: Object("circle", "grey", 0, 0, 1), ConfigError, "'grey'"),
         (lambda: Object("disc", "red", 0, 0, 1), ConfigError, "'disc'"),
         (lambda: Object("circle", "red", 0, 0, 0), ConfigError, "radius above 0"),
