@@ -47,7 +47,8 @@ class ShapePrompts(Reward):
             scenes = patches(images)
         except DataError as error:
             raise RewardError(f"'{self.name}' scores pictures of shapes against their captions. {error}") from error
-        values = [self._value(follow(*pair), prompt) for *pair, prompt in zip(wanted, scenes, prompts, strict=True)]
+        followed = [follow(description, scene) for description, scene in zip(wanted, scenes, strict=True)]
+        values = [self._value(each, prompt) for each, prompt in zip(followed, prompts, strict=True)]
         return torch.tensor(values, device=images.device)
 
     def _value(self, followed: Followed, prompt: str) -> float:

@@ -113,7 +113,7 @@ def say(description: Description, generator: np.random.Generator) -> str:
     """Return a caption that says a description, in one of many wordings."""
     if not description.place:
         groups = list(Counter(description.objects).items())
-        phrases = [_phrase(*groups[i], generator) for i in generator.permutation(len(groups))]
+        phrases = [_phrase(groups[i][0], groups[i][1], generator) for i in generator.permutation(len(groups))]
         return _listed(phrases)
     a, b = (_phrase(item, 1, generator) for item in description.objects[:2])
     others = [_phrase(item, 1, generator) for item in description.objects[2:]]

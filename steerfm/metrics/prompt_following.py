@@ -64,7 +64,7 @@ def prompt_following(images: Tensor, prompts: Sequence[str]) -> PromptFollowing:
     rows = [[getattr(each, part) for part in PARTS] for each in followed]
     numbers = [[math.nan if value is None else value for value in row] for row in rows]
     columns = torch.tensor(numbers, dtype=torch.float64).reshape(len(rows), len(PARTS)).unbind(1)
-    values = dict(zip(PARTS, columns, strict=True))
+    values: dict[str, Tensor] = dict(zip(PARTS, columns, strict=True))
     return PromptFollowing(**{part: _share(column) for part, column in values.items()}, values=values)
 
 

@@ -38,10 +38,8 @@ def test_the_vocabulary_is_what_captions_are_made_of() -> None:
 
 
 def test_the_recipe_has_the_vocabulary() -> None:
-    assert (
-        tuple(compose("train", ["recipe=shapes"]).values["module"]["flow_map"]["conditioner"]["vocabulary"])
-        == VOCABULARY
-    )
+    flow_map = compose("train", ["recipe=shapes"]).values["module"]["flow_map"]
+    assert tuple(flow_map["conditioner"]["vocabulary"]) == VOCABULARY
 
 
 def ask(*objects: str, place: str = "") -> Description:
@@ -136,7 +134,7 @@ def full(scene: Scene) -> Description:
 
 
 OTHER_COLOR = dict(zip(COLORS, [*COLORS][1:] + [*COLORS][:1], strict=True))
-OTHER_SHAPE = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True))
+OTHER_SHAPE: dict[str, str] = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True))
 
 
 def test_one_changed_attribute_lowers_what_it_should() -> None:
