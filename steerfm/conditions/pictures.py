@@ -122,6 +122,9 @@ def read_picture(path: str, channels: int, size: tuple[int, int]) -> Tensor:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"The picture '{path}' has more than {MAX_PIXELS} pixels: make it smaller.")
+            if image.format == "PNG":  # its checksums find what decoding lets pass; what was verified must be reopened
+                image.verify()
+        with Image.open(file, formats=FORMATS) as image:
             pixels = _pixels(image, channels)
     except (DataError, MemoryError):
         raise

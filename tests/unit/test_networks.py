@@ -19,6 +19,7 @@ MAKERS: dict[str, tuple[tuple[int, ...], Callable[..., nn.Module]]] = {
     "mlp on pictures": ((1, 4, 4), lambda **o: MLP((1, 4, 4), width=16, depth=1, **o)),
     "unet": ((3, 8, 8), lambda **o: UNet((3, 8, 8), channels=(8, 16, 24), blocks=2, **o)),
     "unet of one level": ((1, 5, 7), lambda **o: UNet((1, 5, 7), channels=(8,), **o)),
+    "unet of patches": ((1, 8, 4), lambda **o: UNet((1, 8, 4), channels=(8, 16), patch=2, **o)),
     "unet with attention": ((1, 4, 8), lambda **o: UNet((1, 4, 8), channels=(8, 16), attention_heads=4, **o)),
 }
 every_network = pytest.mark.parametrize("kind", list(MAKERS))
@@ -102,14 +103,18 @@ def test_a_class_changes_the_output_and_no_condition_is_the_null_class(kind: str
 @every_network
 def test_a_condition_that_the_network_does_not_take_is_refused(kind: str):
     network, x, s, t = made(kind)
-    with pytest.raises(ConfigError, match=r"takes no condition, got one with \['label'\]: set num_classes"):
+    with pytest.raises(ConfigError, match=r"takes no condition, got one with \['label'\]: give it num_classes"):
         network(x, s, t, labels(0, 0, 0))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 8), (1, 8, 6), (8, 8), (1, 1, 8, 8)])
 def test_pictures_that_cannot_be_halved_are_refused(shape: tuple[int, ...]):
-    with pytest.raises(ConfigError, match=r"3 levels needs pictures .* divisible by 4.*fewer levels or pad"):
+    with pytest.raises(
+        ConfigError, match=r"3 levels and patch 1 needs pictures .* divisible by 4.*fewer levels or pad"
+    ):
         UNet(shape, channels=(8, 16, 32))
+    with pytest.raises(ConfigError, match=r"2 levels and patch 2 needs pictures .* divisible by 4"):
+        UNet(shape, channels=(8, 16), patch=2)
 
 
 def test_heads_must_divide_the_channels_and_groups_are_made_to():

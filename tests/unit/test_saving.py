@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from exact import NAMES, PATHS, mixture
+from tiny_encoders import save_t5
 from torch import Tensor, nn
 
 from steerfm.analytic import analytic_flow_map
 from steerfm.building import remembered
-from steerfm.conditions import Labels
+from steerfm.conditions import CaptionWords, FrozenText, Labels, Pictures, SceneAttributes
 from steerfm.errors import CheckpointError, ConfigError, RunError, TrustError
 from steerfm.flow_map import FlowMap, Output
-from steerfm.networks import MLP, UNet
+from steerfm.networks import MLP, SlotEncoder, TextEmbeddings, UNet, WordEncoder
 from steerfm.networks.mlp import randomise
 from steerfm.paths import Path, Trigonometric
 from steerfm.saving import describe_flow_map
@@ -59,6 +60,46 @@ def test_a_map_comes_back_bit_for_bit(kind: str, conditional: bool, path: Path, 
     assert (back.path, back.output, back.guidance_scale, back.codec) == (path, output, 1.5, flow_map.codec)
     assert back.weights == "raw"
     assert not back.training
+
+
+CAPTIONS = ["a red circle", "two blue squares", ""]
+
+
+def told(kind: str, folder: FilePath) -> FlowMap:
+    """Return a map whose network has a reader of texts inside, and its conditioner perhaps another conditioner."""
+    parts: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "words": (WordEncoder(4, 3, 8, 1, 2), CaptionWords(["a", "red", "blue", "circle"], 3), {"patch": 2}),
+        "attributes": (SlotEncoder(SceneAttributes.values, 8, 1, 2), SceneAttributes(), {}),
+        "text": (TextEmbeddings(16, 8, 1, 2), FrozenText(str(folder / "t5"), 6), {"text_levels": 1}),
+        "pictures": (None, Pictures(3, 4), {"picture_channels": 3}),
+        "pictures and text": (
+            TextEmbeddings(16, 8, 1, 2),
+            Pictures(1, (4, 4), captions=FrozenText(str(folder / "t5"), 6)),
+            {"picture_channels": 1, "patch": 2},
+        ),
+    }
+    if "text" in kind:
+        save_t5(folder / "t5")
+    text, conditioner, options = parts[kind]
+    network = UNet((1, 4, 4), channels=(8, 16), text=text, text_heads=2, **options)
+    randomise(network, scale=0.3)
+    return FlowMap(network, conditioner=conditioner, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize("kind", ["words", "attributes", "text", "pictures", "pictures and text"])
+def test_a_map_with_readers_and_conditioners_inside_comes_back_bit_for_bit(kind: str, tmp_path: FilePath):
+    flow_map = told(kind, tmp_path)
+    x = torch.randn(3, 1, 4, 4)
+
+    def output(flow_map: FlowMap) -> Tensor:
+        with torch.no_grad():
+            return flow_map.average_velocity(x, 0.9, 0.2, flow_map.encode_prompts(CAPTIONS))
+
+    path = checkpoint(flow_map, averages(flow_map), tmp_path / "last.ckpt")
+    for back in (FlowMap.load(saved(flow_map, tmp_path)), FlowMap.load(path, weights="raw")):
+        assert torch.equal(output(back), output(flow_map))
+        assert describe_flow_map(back) == describe_flow_map(flow_map)
+    assert not torch.equal(output(FlowMap.load(path)), output(flow_map))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
