@@ -7,6 +7,8 @@ The penalty is named, since it decides what the optimum is:
 noise   |shift|^2 / 2, the shift in noise space that makes the reference return the same x0. Exact for a linear
         reward on a Gaussian (shift = c a / temperature for F(z) = m + c z and r = a . x); too narrow otherwise.
 path    Girsanov's KL along the memoryless SDE, whose optimum is the tilt p(x0) exp(r / temperature).
+sample  |x0 - x0_ref|^2 / 2, against what the reference returns from the same noise. An anchor and no divergence:
+        cheap, for every map and number of jumps; the temperature is nominal, a strength in the same units.
 
 References: Clark et al. 2023, arXiv 2309.17400 (DRaFT-K); Prabhudesai et al. 2023, arXiv 2310.03739 (AlignProp);
 Domingo-Enrich et al. 2024, arXiv 2409.08861 (memoryless noise).
@@ -46,18 +48,18 @@ class DirectBackprop:
     """Back-propagate the reward through the last `last` of `jumps` jumps from noise.
 
     jumps: steps of the memoryless SDE for penalty "path" (8 or so: fewer are coarse), or jumps of the sampler for
-    "noise" (1 to 4). last: how many of them take gradients; all by default (fewer saves memory and is biased).
-    penalty: "path" or "noise", see the module's text; "noise" needs a map trained in both directions. Needs a
-    differentiable reward.
+    "noise" and "sample" (1 to 4). last: how many of them take gradients; all by default (fewer saves memory and is
+    biased). penalty: "path", "noise" or "sample", see the module's text; "noise" needs a map trained in both
+    directions. Needs a differentiable reward.
     """
 
     jumps: int = 8
     last: int | None = None
-    penalty: Literal["noise", "path"] = "path"
+    penalty: Literal["noise", "path", "sample"] = "path"
 
     def __post_init__(self) -> None:
-        if self.penalty not in ("noise", "path"):
-            raise ConfigError(f"penalty is 'noise' or 'path', got '{self.penalty}'.")
+        if self.penalty not in ("noise", "path", "sample"):
+            raise ConfigError(f"penalty is 'noise', 'path' or 'sample', got '{self.penalty}'.")
         if self.jumps < 1 or not 1 <= self._with_gradient <= self.jumps:
             raise ConfigError(f"last must lie between 1 and jumps, got last={self.last} and jumps={self.jumps}.")
 
@@ -80,7 +82,10 @@ class DirectBackprop:
             x0 = few_jumps_truncated(flow_map, x1, self.jumps, first, condition)
             with torch.no_grad():
                 x0_reference = few_jumps(reference, x1, self.jumps, condition)
-            penalty = squared_norm(noise_shift(reference, x0, x0_reference, self.jumps, condition)) / 2
+            if self.penalty == "noise":
+                penalty = squared_norm(noise_shift(reference, x0, x0_reference, self.jumps, condition)) / 2
+            else:
+                penalty = squared_norm(x0 - x0_reference) / 2
         scores = reward(flow_map.decode(x0), prompts)
         loss = -scores.total + temperature * penalty
         return Tuned(loss, x0, scores.total, scores.parts, penalty)

@@ -4,6 +4,6 @@ from steerfm.objectives.compositional import Compositional
 from steerfm.objectives.eulerian import MeanFlow
 from steerfm.objectives.flow_matching import FlowMatching
 from steerfm.objectives.lagrangian import Lagrangian
-from steerfm.objectives.weights import Adaptive, Uniform
+from steerfm.objectives.weights import Adaptive, SourceTime, Uniform
 
-__all__ = ["Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow", "Uniform"]
+__all__ = ["Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow", "SourceTime", "Uniform"]

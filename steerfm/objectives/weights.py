@@ -35,3 +35,17 @@ class Adaptive:
 
     def __call__(self, loss: Values, s: Times, t: Times) -> Values:
         return (loss.detach() + self.offset) ** -self.power
+
+
+@dataclass(frozen=True)
+class SourceTime:
+    """Weigh by s^power, which lets high noise count more.
+
+    For a network that predicts the denoised picture D, u = (x - D) / s: power 2 gives the plain squared error of D,
+    power 0 that of the velocity, which small s dominate.
+    """
+
+    power: float = 1.0
+
+    def __call__(self, loss: Values, s: Times, t: Times) -> Values:
+        return s**self.power
