@@ -91,7 +91,9 @@ def _add_reward(commands: argparse._SubParsersAction) -> None:
     reward = commands.add_parser("reward", help="check a reward: steerfm reward check my_rewards:redness")
     reward.add_argument("action", choices=["check"])
     reward.add_argument("reward", metavar="MODULE:NAME", help="a function or class, such as my_rewards:redness")
-    reward.add_argument("--pictures", choices=["digits", "random"], default="digits", help="what it is tried on")
+    reward.add_argument(
+        "--pictures", choices=["digits", "shapes", "random"], default="digits", help="what it is tried on"
+    )
     reward.add_argument("--count", type=int, default=8, help="how many pictures (default: 8)")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steerfm.errors import RewardError
+from steerfm.errors import RewardError, SteerfmError
 from steerfm.reward import Finding, Reward
 from steerfm.types import Values
 
@@ -133,7 +133,10 @@ def _fault_of(gradient: Tensor | None) -> str:
 
 def _prompts(reward: Reward, images: Tensor, prompts: Sequence[str], values: Values) -> list[Finding]:
     others = [OTHER_PROMPT.format(i) for i in range(len(prompts))]
-    if len(_differ(values, _score(reward, images, others), values)) > 0:
+    try:
+        if len(_differ(values, _score(reward, images, others), values)) > 0:
+            return []
+    except SteerfmError:  # a reward that refuses a prompt looks at it
         return []
     return [Finding(reward.name, "prompts", "does not look at the prompts.", False)]
 

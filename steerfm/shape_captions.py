@@ -122,10 +122,10 @@ def say(description: Description, generator: np.random.Generator) -> str:
 
 def plain(description: Description) -> str:
     """Return the shortest usual caption of a description, always the same."""
-    phrases = [_named(item, number) for item, number in Counter(description.objects).items()]
     if not description.place:
-        return _listed(phrases)
-    return ", and ".join([f"{phrases[0]} {description.place} {phrases[1]}", *phrases[2:]])
+        return _listed([_named(item, number) for item, number in Counter(description.objects).items()])
+    a, b, *others = (_named(item, 1) for item in description.objects)
+    return ", and ".join([f"{a} {description.place} {b}", *others])
 
 
 def paraphrases(caption: str, ways: int = 8) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from steerfm import digits, images
+from steerfm import digits, images, seeds, shape_captions, shapes
 from steerfm.errors import ConfigError
 from steerfm.reward import Finding, check, load_reward
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.count < 4:
         raise ConfigError(f"A check needs at least 4 different pictures, got --count {arguments.count}.")
     reward = load_reward(arguments.reward)
-    pictures, prompts = tinted_digits(arguments.count) if arguments.pictures == "digits" else noise(arguments.count)
+    pictures, prompts = PICTURES[arguments.pictures](arguments.count)
     findings = check(reward, pictures, prompts)
     for finding in findings:
         _print(finding)
@@ -43,6 +43,17 @@ def noise(count: int) -> tuple[Tensor, list[str]]:
     """Return `count` random pictures (count, 3, 32, 32) and prompts."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, 3, 32, 32, generator=generator), [f"random picture {i}" for i in range(count)]
+
+
+def scenes(count: int) -> tuple[Tensor, list[str]]:
+    """Return `count` scenes of shapes (count, 3, 32, 32), every other one with the caption of the one before it."""
+    rng = seeds.generator(0, "data")
+    drawn = [shapes.sample_scene(rng) for _ in range(count)]
+    captions = [shape_captions.plain(shape_captions.describe(scene, rng)) for scene in drawn]
+    return shapes.render(drawn), [captions[i - i % 2] for i in range(count)]
+
+
+PICTURES = {"digits": tinted_digits, "shapes": scenes, "random": noise}
 
 
 def _print(finding: Finding) -> None:

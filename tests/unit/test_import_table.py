@@ -35,6 +35,7 @@ SPLIT_FROM = {
     "checking": "config",
     "reward_check": "reward",
     "shape_captions": "shapes",
+    "shape_edits": "shapes",
 }
 LAYER = {name: number for number, line in enumerate(TABLE.strip().splitlines()) for name in line.split()}
 LAYER |= {name: LAYER[origin] for name, origin in SPLIT_FROM.items()}
