@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from steerfm.analytic import GaussianMixture, QuadraticReward, analytic_flow_map
     from steerfm.building import remembered
     from steerfm.callbacks import EMA, LossByInterval, SampleGrid
-    from steerfm.conditions import Labels
-    from steerfm.data import Digits, Points, Prompts, PromptSeeds
+    from steerfm.conditions import CaptionWords, FrozenText, Labels, Pictures
+    from steerfm.data import Digits, HuggingFaceData, ImageFolder, Latents, Points, Prompts, PromptSeeds, Shapes
     from steerfm.finetuning import DirectBackprop
     from steerfm.flow_map import FlowMap
     from steerfm.modules import ClipTraining, FlowMapTraining, RewardFineTuning, SteeredSampling
-    from steerfm.networks import MLP, UNet
+    from steerfm.networks import MLP, UNet, WordEncoder
     from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow
     from steerfm.paths import Linear, Trigonometric, VariancePreserving
     from steerfm.report import compare
@@ -33,12 +33,21 @@ _HOMES = {
     "steerfm.analytic": ("GaussianMixture", "QuadraticReward", "analytic_flow_map"),
     "steerfm.building": ("remembered",),
     "steerfm.callbacks": ("EMA", "LossByInterval", "SampleGrid"),
-    "steerfm.conditions": ("Labels",),
-    "steerfm.data": ("Digits", "Points", "Prompts", "PromptSeeds"),
+    "steerfm.conditions": ("CaptionWords", "FrozenText", "Labels", "Pictures"),
+    "steerfm.data": (
+        "Digits",
+        "HuggingFaceData",
+        "ImageFolder",
+        "Latents",
+        "Points",
+        "PromptSeeds",
+        "Prompts",
+        "Shapes",
+    ),
     "steerfm.finetuning": ("DirectBackprop",),
     "steerfm.flow_map": ("FlowMap",),
     "steerfm.modules": ("ClipTraining", "FlowMapTraining", "RewardFineTuning", "SteeredSampling"),
-    "steerfm.networks": ("MLP", "UNet"),
+    "steerfm.networks": ("MLP", "UNet", "WordEncoder"),
     "steerfm.objectives": ("Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow"),
     "steerfm.paths": ("Linear", "Trigonometric", "VariancePreserving"),
     "steerfm.report": ("compare",),
@@ -55,6 +64,7 @@ __all__ = [
     "MLP",
     "Adaptive",
     "BestOfN",
+    "CaptionWords",
     "ClipTraining",
     "Compositional",
     "Condition",
@@ -65,14 +75,19 @@ __all__ = [
     "FlowMapTilting",
     "FlowMapTraining",
     "FlowMatching",
+    "FrozenText",
     "GaussianMixture",
+    "HuggingFaceData",
+    "ImageFolder",
     "Labels",
     "Lagrangian",
+    "Latents",
     "Linear",
     "LogitNormal",
     "LookAheadGuidance",
     "LossByInterval",
     "MeanFlow",
+    "Pictures",
     "Points",
     "PromptSeeds",
     "Prompts",
@@ -82,12 +97,14 @@ __all__ = [
     "SampleGrid",
     "Samples",
     "Scores",
+    "Shapes",
     "SteeredSampling",
     "Triangle",
     "Trigonometric",
     "UNet",
     "Unsteered",
     "VariancePreserving",
+    "WordEncoder",
     "analytic_flow_map",
     "as_reward",
     "compare",

@@ -17,6 +17,7 @@ from steerfm.metrics.histogram import histogram_counts, histogram_kl, histogram_
 from steerfm.metrics.kernel_distance import KernelDistance, kernel_distance
 from steerfm.metrics.mmd import median_distance, squared_mmd
 from steerfm.metrics.precision_recall import PrecisionRecall, expected_coverage, precision_recall
+from steerfm.metrics.prompt_following import PromptFollowing, prompt_following
 from steerfm.metrics.sliced_wasserstein import sliced_wasserstein
 from steerfm.metrics.vendi import vendi_score, vendi_score_of
 
@@ -25,6 +26,7 @@ __all__ = [
     "Floor",
     "KernelDistance",
     "PrecisionRecall",
+    "PromptFollowing",
     "Statistics",
     "endpoint_agreement",
     "expected_coverage",
@@ -40,6 +42,7 @@ __all__ = [
     "median_distance",
     "nearest_distance",
     "precision_recall",
+    "prompt_following",
     "semigroup_defect",
     "sliced_wasserstein",
     "squared_mmd",
