@@ -104,20 +104,12 @@ def compose(
     ./recipes; `trusted` are the packages of `--trust`. Raises ConfigError or TrustError, in one sentence.
     """
     library = Library(folders)
-    parsed = parse(overrides)
-    parsed, typed = _typed_reward(parsed)
+    parsed, typed = _typed_reward(parse(overrides))
     trusted = (*trusted, *typed)
     if trusted:
         import_from_here()
-    chosen = [override for override in parsed if override.get_key_element().lstrip("+~") in library.groups()]
-    recipe = _recipe_name(command, chosen, library)
-    _check_options(chosen, library)
-    groups = [override.input_line or "" for override in chosen if override.key_or_group != "recipe"]
-    base = _compose([library.search_path(), f"recipe={recipe}", *groups])
-    _check_command(command, recipe, base)
-    others = [override for override in parsed if override not in chosen]
-    lines = [_checked_line(override, base, trusted) for override in others]
-    values = _complete(_compose([library.search_path(), f"recipe={recipe}", *groups, *lines]), recipe, library)
+    recipe, composed = _with_overrides(command, parsed, library, trusted)
+    values = _complete(composed, recipe, library)
     check(values, trusted)
     return Composed(recipe, values, trusted)
 
@@ -125,9 +117,24 @@ def compose(
 def preview(overrides: Sequence[str], *, folders: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Return a recipe as composed, with `???` where a value is missing; nothing is checked or built."""
     parsed, _ = _typed_reward(parse(overrides))
-    composed = _compose([Library(folders).search_path(), *(override.input_line or "" for override in parsed)])
+    _, composed = _with_overrides(None, parsed, Library(folders), ())
     values = OmegaConf.to_container(composed, resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _with_overrides(
+    command: str | None, parsed: list[Override], library: Library, trusted: Sequence[str]
+) -> tuple[str, Any]:
+    """Return the recipe's name and its config with all overrides, each checked; `command` None takes any recipe's."""
+    chosen = [override for override in parsed if override.get_key_element().lstrip("+~") in library.groups()]
+    recipe = _recipe_name(command or "COMMAND", chosen, library)
+    _check_options(chosen, library)
+    groups = [override.input_line or "" for override in chosen if override.key_or_group != "recipe"]
+    base = _compose([library.search_path(), f"recipe={recipe}", *groups])
+    if command is not None:
+        _check_command(command, recipe, base)
+    lines = [_checked_line(override, base, trusted) for override in parsed if override not in chosen]
+    return recipe, _compose([library.search_path(), f"recipe={recipe}", *groups, *lines])
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -17,11 +17,14 @@ COMMANDS = {name: config.preview([f"recipe={name}"])["command"] for name in RECI
 TINY = {
     "trainer.max_steps": ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "checkpoint_every=1"],
     "network.width": ["network.width=16", "network.depth=1"],
+    "network.channels": ["network.channels=[8,8]", "network.attention_heads=2"],
     "module.flow_matching_steps": ["module.flow_matching_steps=1"],
     "module.model.vision_cfg": ["module.model.vision_cfg.layers=1", "module.model.text_cfg.layers=1"],
     "data.prompts_per_step": ["data.prompts_per_step=4"],
     "data.batch_size": ["data.batch_size=8"],
     "data.seeds": ["seeds=[3,5]"],
+    "prompts.n": ["prompts.n=2"],
+    "reference.n": ["reference.n=40"],
     "method.particles": ["method.particles=2", "method.jumps=2"],
     "points": ["points=moons"],
 }
