@@ -23,7 +23,7 @@ TINY = {
     "data.prompts_per_step": ["data.prompts_per_step=4"],
     "data.batch_size": ["data.batch_size=8"],
     "data.seeds": ["seeds=[3,5]"],
-    "prompts.n": ["prompts.n=2"],
+    "prompts.n": ["prompts.n=1"],
     "reference.n": ["reference.n=40"],
     "method.particles": ["method.particles=2", "method.jumps=2"],
     "points": ["points=moons"],
