@@ -21,6 +21,10 @@ class TimeLaw(Protocol):
         """Return how many of n rows have s = t."""
         ...
 
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        """Draw n single times, as those of the diagonal are."""
+        ...
+
 
 @dataclass(frozen=True)
 class Triangle:
@@ -42,6 +46,9 @@ class Triangle:
     def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
         a, b = torch.rand(2, n, generator=generator)
         return _order(a, b, self.diagonal_rows(n), self.both)
+
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        return torch.rand(n, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,9 @@ class LogitNormal:
     def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
         a, b = torch.sigmoid(self.mean + self.std * torch.randn(2, n, generator=generator))
         return _order(a, b, self.diagonal_rows(n), self.both)
+
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator))
 
 
 def time_grid(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:

@@ -85,7 +85,7 @@ class FlowMapTraining(lightning.LightningModule):
         s, t = (times.to(x0) for times in self.times(len(x0), generator))
         rows = len(x0) if diagonal_only else self.times.diagonal_rows(len(x0))
         if diagonal_only:
-            t = s = torch.rand(len(x0), generator=generator).to(x0)
+            t = s = self.times.one(len(x0), generator).to(x0)
         condition = self._condition(batch["prompt"], generator)
         losses = []
         if rows:
