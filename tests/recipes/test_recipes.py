@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_recipes import COMMANDS, LIBRARY, RECIPES, read, tiny
 
 from steerfm import config
 from steerfm.cli import main
+from steerfm.commands import common
+from steerfm.errors import ConfigError
 
 FITTED = sorted(name for name, command in COMMANDS.items() if command in ("train", "finetune"))
 SAMPLED = sorted(name for name, command in COMMANDS.items() if command in ("sample", "steer"))
@@ -48,6 +51,21 @@ def test_every_steering_method_steers(method: str, here: Path):
 @pytest.mark.parametrize("objective", sorted(LIBRARY.options("objective")))
 def test_every_objective_trains(objective: str, here: Path):
     assert main(tiny("digits", f"objective={objective}", f"name=objective_{objective}")) == 0
+
+
+def test_threads_are_those_of_the_recipe_while_it_runs(here: Path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with common.running(config.compose("train", [*tiny("digits", "threads=1", "name=threads")[1:]])):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ConfigError, match="at least 1, or null"):
+            with common.running(config.compose("train", [*tiny("digits", "threads=0", "name=no_threads")[1:]])):
+                pass
+    finally:
+        torch.set_num_threads(before)
+    assert not (here / "runs" / "no_threads").exists()
 
 
 def test_the_unet_trains(here: Path):

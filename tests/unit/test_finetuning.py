@@ -68,6 +68,13 @@ def test_noise_penalty_ends_at_the_known_shift(jumps: int) -> None:
     assert torch.allclose(shift, SCALE * torch.tensor(A, dtype=torch.float64) / TEMPERATURE, rtol=1e-6)
 
 
+@pytest.mark.parametrize("jumps", [1, 2, 4])
+def test_sample_penalty_ends_at_the_known_shift(jumps: int) -> None:
+    """The penalty is half the squared shift of every sample: its optimum for r = a . x is a / T, whatever the map."""
+    shift = optimal_mean(DirectBackprop(jumps, penalty="sample"), SCALE, TEMPERATURE)
+    assert torch.allclose(shift, torch.tensor(A, dtype=torch.float64) / TEMPERATURE, rtol=1e-6)
+
+
 def test_fine_tuning_with_the_noise_penalty_gets_there(tmp_path: Path) -> None:
     """The same through Lightning; each step halves the rest of the way, so sixteen leave less than 1%."""
     flow_map = gaussian_map(MEAN, SCALE)
@@ -220,7 +227,7 @@ def test_wrong_arguments_are_said() -> None:
     for arguments in ({"last": 0}, {"last": 3}, {"jumps": 0}, {"last": -1}):
         with pytest.raises(ConfigError, match="last must lie between 1 and jumps"):
             DirectBackprop(**({"jumps": 2} | arguments))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="penalty is 'noise' or 'path', got 'kl'"):
+    with pytest.raises(ConfigError, match="penalty is 'noise', 'path' or 'sample', got 'kl'"):
         DirectBackprop(penalty="kl")  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, UNet
 from steerfm.networks.mlp import randomise
-from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow, Uniform
+from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow, SourceTime, Uniform
 from steerfm.objectives.compositional import compositional
 from steerfm.objectives.eulerian import mean_flow
 from steerfm.objectives.flow_matching import flow_matching
@@ -307,6 +307,17 @@ def test_wrong_derivatives_are_refused_when_the_objective_is_made(objective: typ
     for step in (0.0, 0.1):  # times may leave [0, 1] by 0.05, not more
         with pytest.raises(ConfigError, match=rf"must lie in \(0, 0.05\], got {step}"):
             objective(derivative="central", step=step)
+
+
+def test_the_source_time_makes_the_velocity_error_that_of_the_denoised_picture():
+    """u = (x - D) / s, so that s^2 |u - w|^2 = |D - x0|^2 where w = (x_s - x0) / s."""
+    s = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    x0, x1, denoised = torch.randn(3, 3, 4, dtype=torch.float64).unbind(0)
+    x_s = torch.lerp(x0, x1, s[:, None])
+    losses = ((x_s - denoised) / s[:, None] - (x1 - x0)).square().mean(1)
+    weighted = SourceTime(power=2.0)(losses, s, s) * losses
+    assert torch.allclose(weighted, (denoised - x0).square().mean(1), rtol=1e-10)
+    assert torch.equal(SourceTime(power=0.0)(losses, s, s), torch.ones(3, dtype=torch.float64))
 
 
 def test_weights_take_no_gradient():

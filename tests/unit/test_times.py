@@ -42,6 +42,14 @@ def test_logit_normal_times_have_normal_logits():
     assert within_standard_errors(torch.stack([off.sum(0) / 2, off[0] - off[1]], 1), torch.tensor([-0.4, gap]))
 
 
+def test_single_times_are_those_of_the_diagonal():
+    """Their means and mean squares, of the logits for LogitNormal."""
+    s = Triangle().one(N, seeded(3))
+    assert within_standard_errors(torch.stack([s, s**2], 1), torch.tensor([1 / 2, 1 / 3]))
+    logits = LogitNormal(mean=0.6, std=1.4).one(N, seeded(4)).logit()
+    assert within_standard_errors(torch.stack([logits, logits**2], 1), torch.tensor([0.6, 0.6**2 + 1.4**2]))
+
+
 @pytest.mark.parametrize("law", [Triangle(0.0, both=True), LogitNormal(diagonal=0.0, both=True)])
 def test_both_directions_are_drawn_alike(law: Triangle | LogitNormal):
     s, t = law(N, seeded(4))
