@@ -60,9 +60,9 @@ def test_threads_are_those_of_the_recipe_while_it_runs(here: Path):
         with common.running(config.compose("train", [*tiny("digits", "threads=1", "name=threads")[1:]])):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-        with pytest.raises(ConfigError, match="at least 1, or null"):
-            with common.running(config.compose("train", [*tiny("digits", "threads=0", "name=no_threads")[1:]])):
-                pass
+        wrong = config.compose("train", [*tiny("digits", "threads=0", "name=no_threads")[1:]])
+        with pytest.raises(ConfigError, match="at least 1, or null"), common.running(wrong):
+            pass
     finally:
         torch.set_num_threads(before)
     assert not (here / "runs" / "no_threads").exists()
