@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exact import NAMES, PATHS, mixture
+from safetensors.torch import load_file
 from tiny_encoders import save_t5
 from torch import Tensor, nn
 
@@ -420,3 +421,22 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path: File
     with pytest.raises(CheckpointError, match="is damaged or no checkpoint of steerfm"):
         FlowMap.load(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_map_saved_in_half_precision_loads_in_its_own_type(tmp_path: FilePath) -> None:
+    flow_map = FlowMap(MLP((2,), width=8, depth=1)).double()
+    flow_map.save(tmp_path / "half", torch.float16)
+    flow_map.save(tmp_path / "whole")
+    assert {t.dtype for t in load_file(tmp_path / "half" / "flow_map.safetensors").values()} == {torch.float16}
+    half, whole = FlowMap.load(tmp_path / "half"), FlowMap.load(tmp_path / "whole")
+    assert half.dtype == whole.dtype == torch.float64
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(half.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_floating_type_in_the_json_is_damage(tmp_path: FilePath) -> None:
+    FlowMap(MLP((2,), width=8, depth=1)).save(tmp_path, torch.float16)
+    path = tmp_path / "flow_map.json"
+    path.write_text(path.read_text().replace('"float32"', '"float31"'))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        FlowMap.load(tmp_path)
