@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from steerfm.shapes import COLORS, SHAPES, SIZES, UNSEEN, Object, Scene, is_possible, sample_scene
+from steerfm.shapes import COLORS, SHAPES, SIZES, UNSEEN, Object, Scene, is_held_out, is_possible
 
 Edit = Callable[[Scene, np.random.Generator], Scene]
 
@@ -15,16 +15,25 @@ Edit = Callable[[Scene, np.random.Generator], Scene]
 def edited(scene: Scene, generator: np.random.Generator) -> Scene:
     """Return the scene changed in one respect, drawn at random among those of EDITS that it allows.
 
-    A colour, a shape or a size becomes another; two objects swap colours, shapes or places; an object leaves. No
-    object gets a combination of colour and shape that is UNSEEN in training. Only a scene of one object that has
-    no room to change is returned with another colour.
+    A colour, a shape or a size becomes another; two objects swap colours, shapes or places; an object leaves. What
+    training may not see does not come in by an edit: no object gets an UNSEEN combination of colour and shape, and
+    a scene that is not held out does not become one that is.
     """
-    names = list(EDITS)
-    for i in generator.permutation(len(names)):
-        found = EDITS[names[i]](scene, generator)
-        if found != scene and is_possible(found) and not any((o.color, o.shape) in UNSEEN for o in found):
-            return found
-    return sample_scene(generator, len(scene))
+    names, held_out = list(EDITS), _is_held_out(scene)
+    while True:  # most edits are allowed, so that one round is nearly always enough
+        for i in generator.permutation(len(names)):
+            found = EDITS[names[i]](scene, generator)
+            if found != scene and is_possible(found) and _may_be_seen(found, held_out):
+                return found
+
+
+def _may_be_seen(scene: Scene, held_out: bool) -> bool:
+    seen = not any((item.color, item.shape) in UNSEEN for item in scene)
+    return seen and (held_out or not _is_held_out(scene))
+
+
+def _is_held_out(scene: Scene) -> bool:
+    return len(scene) > 1 and is_held_out([(item.color, item.shape) for item in scene])
 
 
 def _replaced(scene: Scene, i: int, item: Object) -> Scene:

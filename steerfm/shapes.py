@@ -110,7 +110,7 @@ def sample_scene(generator: np.random.Generator, count: int | None = None, split
         raise ConfigError(f"Scenes have no split '{split}'{nearest(split, SPLITS) or '.'} They have: {SPLITS}.")
     while True:
         kinds = _kinds(generator, count, split == "unseen")
-        if split == "unseen" or count == 1 or _is_held_out(kinds) == (split == "held_out"):
+        if split == "unseen" or count == 1 or is_held_out(kinds) == (split == "held_out"):
             scene = _placed(kinds, [str(size) for size in generator.choice(list(SIZES), size=count)], generator)
             if scene is not None:
                 return scene
@@ -124,8 +124,8 @@ def _kinds(generator: np.random.Generator, count: int, unseen: bool) -> list[tup
     return kinds[:1] * count if count > 1 and generator.random() < 1 / 6 else kinds
 
 
-def _is_held_out(kinds: Sequence[tuple[str, str]]) -> bool:
-    """Say whether these kinds come together only in the held-out split; a tenth of all do, by a fixed hash."""
+def is_held_out(kinds: Sequence[tuple[str, str]]) -> bool:
+    """Say whether these (colour, shape) pairs come together only in the held-out split; a tenth do, by a fixed hash."""
     name = " ".join(sorted(f"{color}-{shape}" for color, shape in kinds))
     return zlib.crc32(name.encode()) % 10 == 0
 

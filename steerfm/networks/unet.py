@@ -53,33 +53,6 @@ class _Looking(nn.Module):
         return h + found.transpose(1, 2).unflatten(2, h.shape[2:])
 
 
-class _Layer(nn.Module):
-    """A transformer layer over the positions of a feature map: to each other, to the text, two dense layers.
-
-    The conditioning scales and shifts each normed input; every branch starts at nothing.
-    """
-
-    def __init__(self, channels: int, width: int, heads: int, tokens: int | None) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, elementwise_affine=False) for _ in range(3))
-        self.modulation = nn.Linear(width, 4 * channels)
-        self.own = Attention(channels, heads)
-        self.text = None if tokens is None else Attention(channels, heads, tokens)
-        self.enter, self.leave = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-        for layer in (self.own.leave, self.leave, *([] if self.text is None else [self.text.leave])):
-            start_at_zero(layer)
-
-    def forward(self, h: Tensor, embedding: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = h.flatten(2).transpose(1, 2)
-        scale1, shift1, scale2, shift2 = self.modulation(embedding)[:, None].chunk(4, -1)
-        x = x + self.own(self.norms[0](x) * (1 + scale1) + shift1)
-        if self.text is not None and text is not None:
-            x = x + self.text(self.norms[1](x), *text)
-        inner = self.norms[2](x) * (1 + scale2) + shift2
-        x = x + self.leave(functional.gelu(self.enter(inner)))
-        return x.transpose(1, 2).unflatten(2, h.shape[2:])
-
-
 class _Level(nn.Module):
     """The residual blocks of one resolution, and a look at the text after them where there is one."""
 
@@ -100,8 +73,7 @@ class UNet(nn.Module):
     """Predict u(x, s, t, condition) for pictures (C, H, W).
 
     channels: features at each level, the resolution halves from one to the next. blocks: residual blocks a
-    level. attention_heads: heads of self-attention at the lowest level; 0 is none. num_classes: as in MLP. layers:
-    transformer layers at the lowest level, which decide together what the whole picture shows.
+    level. attention_heads: heads of self-attention at the lowest level; 0 is none. num_classes: as in MLP.
     patch: pixels a side that become channels before the first level, and pixels again after the last.
     text: reads the text of a condition (WordEncoder, TextEmbeddings); its tokens are looked at on the `text_levels`
     lowest levels, with `text_heads` heads, and its first token joins the times. picture_channels: channels of a
@@ -122,7 +94,6 @@ class UNet(nn.Module):
         max_rate: float = 32.0,
         *,
         patch: int = 1,
-        layers: int = 0,
         text: nn.Module | None = None,
         text_levels: int = 2,
         text_heads: int = 4,
@@ -157,7 +128,6 @@ class UNet(nn.Module):
             inside = outside
         self.attention = _Looking(inside, attention_heads, groups) if attention_heads else nn.Identity()
         self.middle = _Block(inside, inside, width, groups)
-        self.layers = nn.ModuleList(_Layer(inside, width, attention_heads or text_heads, tokens) for _ in range(layers))
         for i, outside in reversed(list(enumerate(channels))):
             self.up.append(level(i, inside + outside))
             inside = outside
@@ -175,8 +145,6 @@ class UNet(nn.Module):
             h = level(h, embedding, text)
             skips.append(h)
         h = self.middle(self.attention(h), embedding)
-        for layer in self.layers:
-            h = layer(h, embedding, text)
         for i, level in enumerate(self.up):
             if i:
                 h = functional.interpolate(h, scale_factor=2.0, mode="nearest")

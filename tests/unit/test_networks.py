@@ -20,7 +20,6 @@ MAKERS: dict[str, tuple[tuple[int, ...], Callable[..., nn.Module]]] = {
     "unet": ((3, 8, 8), lambda **o: UNet((3, 8, 8), channels=(8, 16, 24), blocks=2, **o)),
     "unet of one level": ((1, 5, 7), lambda **o: UNet((1, 5, 7), channels=(8,), **o)),
     "unet of patches": ((1, 8, 4), lambda **o: UNet((1, 8, 4), channels=(8, 16), patch=2, **o)),
-    "unet with layers": ((1, 4, 8), lambda **o: UNet((1, 4, 8), channels=(8, 16), layers=2, **o)),
     "unet with attention": ((1, 4, 8), lambda **o: UNet((1, 4, 8), channels=(8, 16), attention_heads=4, **o)),
 }
 every_network = pytest.mark.parametrize("kind", list(MAKERS))

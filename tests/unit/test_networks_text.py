@@ -64,7 +64,6 @@ CASES: dict[str, Callable[[], tuple[UNet, Condition]]] = {
     **{f"{kind}": lambda make=make, condition=condition: (unet(make()), condition())
        for kind, (make, condition) in TEXTS.items()},
     "words, patch": lambda: (unet(TEXTS["words"][0](), patch=2), word_condition()),
-    "words, layers": lambda: (unet(TEXTS["words"][0](), layers=1), word_condition()),
     "words on one level": lambda: (unet(TEXTS["words"][0](), text_levels=1), word_condition()),
     "picture": lambda: (unet(picture_channels=1), Condition({"picture": with_picture(classes())["picture"]})),
     "picture, patch": picture_unet,

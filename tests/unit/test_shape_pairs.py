@@ -9,7 +9,7 @@ from steerfm.data import ShapePairs
 from steerfm.errors import ConfigError
 from steerfm.seeds import generator
 from steerfm.shape_edits import EDITS, edited
-from steerfm.shapes import UNSEEN, Scene, is_possible, parse, render, sample_scene
+from steerfm.shapes import UNSEEN, Scene, is_held_out, is_possible, parse, render, sample_scene
 
 ATTRIBUTES = ("shape", "color", "size", "x", "y")
 
@@ -62,6 +62,16 @@ def test_edited_scenes_are_possible_differ_and_stay_within_training() -> None:
     parsed = parse(render([after for _, after in pairs]))
     kinds = [sorted((o.shape, o.color, o.size) for o in after) for _, after in pairs]
     assert [sorted((o.shape, o.color, o.size) for o in scene) for scene in parsed] == kinds
+
+
+def test_an_edit_brings_no_held_out_combination_into_training() -> None:
+    """A tenth of all combinations are held out, so that of 400 edits to two or three objects many would be."""
+    rng, several = generator(6, "data"), 0
+    for _ in range(400):
+        after = edited(sample_scene(rng, split="train"), rng)
+        several += len(after) > 1
+        assert len(after) == 1 or not is_held_out([(item.color, item.shape) for item in after])
+    assert several > 100
 
 
 def test_is_possible_refuses_what_touches_or_leaves_the_picture() -> None:
