@@ -78,6 +78,36 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator))
 
 
+@dataclass(frozen=True)
+class Anchored:
+    """Let off-diagonal pairs of another law start at noise, s = 1, or end at data, t = 0, more often.
+
+    law: of the pairs. start, end: the probability that s is set to 1, and that t is set to 0, each by its own draw,
+    in [0, 1]. The longest jumps and look-aheads are what sampling uses most, and other laws hardly meet them.
+    """
+
+    law: TimeLaw
+    start: float = 0.25
+    end: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, share in (("start", self.start), ("end", self.end)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{name} is a probability and must lie in [0, 1], got {share}.")
+
+    def diagonal_rows(self, n: int) -> int:
+        return self.law.diagonal_rows(n)
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
+        s, t = self.law(n, generator)
+        off = torch.arange(n) >= self.diagonal_rows(n)
+        start, end = torch.rand(2, n, generator=generator)
+        return s.masked_fill(off & (start < self.start), 1.0), t.masked_fill(off & (end < self.end), 0.0)
+
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        return self.law.one(n, generator)
+
+
 def time_grid(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
     """Return steps + 1 equally spaced times from `start` to `end`, both included."""
     if steps < 1:

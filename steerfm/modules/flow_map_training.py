@@ -32,6 +32,8 @@ class FlowMapTraining(lightning.LightningModule):
     diagonal; rows with s = t learn the velocity by flow matching. times: the law of (s, t). weighting:
     (losses, s, t) -> (B,). flow_matching_steps: at first all rows are on the diagonal, for so many steps.
     prompt_dropout: share of prompts replaced by the null condition, so that the map also samples freely.
+    guidance: scale of classifier-free guidance that the map learns, as `flow_matching` says, once
+    flow_matching_steps are over; 1 is none. It needs prompt_dropout.
     optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
     in training, which depends on (seed, step, process) alone.
     """
@@ -46,11 +48,16 @@ class FlowMapTraining(lightning.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         flow_matching_steps: int = 0,
         prompt_dropout: float = 0.1,
+        guidance: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
+        if guidance < 1 or (guidance > 1 and (prompt_dropout == 0 or flow_map.conditioner is None)):
+            raise ConfigError(
+                f"guidance is 1 or more, and above 1 it needs a conditioner and prompt_dropout above 0: got {guidance}."
+            )
         self.flow_map = flow_map.train()
         self.objective = objective or Lagrangian()
         self.times = times or Triangle()
@@ -59,6 +66,7 @@ class FlowMapTraining(lightning.LightningModule):
         self.scheduler = scheduler
         self.flow_matching_steps = flow_matching_steps
         self.prompt_dropout = prompt_dropout
+        self.guidance = guidance
         self.seed = seed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -90,7 +98,8 @@ class FlowMapTraining(lightning.LightningModule):
         losses = []
         if rows:
             on = slice(rows)
-            losses.append(flow_matching(flow_map, x0[on], x1[on], s[on], _rows(condition, on)))
+            guidance = 1.0 if diagonal_only else self.guidance
+            losses.append(flow_matching(flow_map, x0[on], x1[on], s[on], _rows(condition, on), guidance))
             require_finite(losses[-1], "flow_matching", self.global_step, s[on], t[on])
         if rows < len(x0):
             off = slice(rows, None)

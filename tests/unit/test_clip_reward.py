@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steerfm.errors import RewardError, TrustError
+from steerfm.errors import ConfigError, RewardError, TrustError
 from steerfm.objectives.contrastive import augment, contrastive
 from steerfm.reward import check
 from steerfm.rewards._open_clip import preprocess, resized_shape
@@ -530,6 +530,22 @@ def test_the_digits_clip_reads_scans_that_it_never_saw(tmp_path):
     assert cosines[sevens, 7].mean() - cosines[~sevens, 7].mean() >= 0.8
 
 
+def test_the_attack_raises_the_loss_within_its_distance():
+    module = clip_training(adversarial=0.05)
+    images, prompts = batch(40)["x0"] / 2 + 0.5, batch(40)["prompt"]
+    texts = module._texts(prompts)
+    attacked = module._attacked(images, texts, torch.Generator().manual_seed(0))
+    noise = 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).sign()
+    assert (attacked - images).abs().max() <= 0.05 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
+    clean, attacked_loss, noisy = (
+        float(module.loss(x, prompts)[0].detach()) for x in (images, attacked, images + noise)
+    )
+    assert attacked_loss > max(clean, noisy)
+    assert all(p.grad is None for p in module.parameters())
+    with pytest.raises(ConfigError, match="adversarial is a distance"):
+        clip_training(adversarial=-0.1)
+
+
 def test_batches_may_hold_pictures():
     module = clip_training()
     rows = batch()
@@ -554,7 +570,6 @@ def test_batches_may_hold_pictures():
     ],
 )
 def test_a_misspelt_config_is_refused(change, said):
-    from steerfm.errors import ConfigError
     from steerfm.modules.clip_training import build_clip
 
     with pytest.raises(ConfigError, match=said):
@@ -562,7 +577,6 @@ def test_a_misspelt_config_is_refused(change, said):
 
 
 def test_a_config_without_a_tower_is_refused():
-    from steerfm.errors import ConfigError
     from steerfm.modules.clip_training import build_clip
 
     with pytest.raises(ConfigError, match="no 'text_cfg'"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A line may import from itself and from the lines above it, never from below.
 TABLE = """
 errors types seeds distributed images paths times shapes building digits files
-networks conditions derivatives
+networks conditions derivatives optimizers
 flow_map
 analytic sampling divergence reward features
 objectives backbones zoo metrics

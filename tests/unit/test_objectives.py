@@ -256,6 +256,47 @@ def test_flow_matching_teaches_the_velocity():
     assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
 
 
+class Table(nn.Module):
+    """One velocity a class, the same everywhere: what flow matching to data of one point a class has as optimum."""
+
+    data_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(3, 2)
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        assert condition is not None
+        return self.rows(condition["label"])
+
+
+def test_learnt_guidance_ends_where_guidance_at_sampling_does():
+    """Gradient descent on the objective ends at v_null + g (v - v_null), and leaves the null velocity alone."""
+    flow_map = FlowMap(Table(), conditioner=Labels(["a", "b"])).double()
+    centres = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1])
+    x0, x1, t = centres[labels], torch.zeros(4, 2, dtype=torch.float64), uniforms(4, 4)
+    optimizer = torch.optim.SGD(flow_map.parameters(), lr=0.5)
+    for _ in range(400):
+        condition = Condition({"label": torch.tensor([0, 2, 1, 2])})  # one row in two is dropped
+        optimizer.zero_grad()
+        flow_matching(flow_map, x0, x1, t, condition, guidance=2.5).sum().backward()
+        optimizer.step()
+    velocity, null = -centres, -centres.mean(0)
+    torch.testing.assert_close(flow_map.network.rows.weight[:2].detach(), null + 2.5 * (velocity - null))
+    torch.testing.assert_close(flow_map.network.rows.weight[2].detach(), null)
+
+
+def test_guidance_of_one_and_the_null_condition_are_plain_flow_matching():
+    flow_map = FlowMap(MLP((2,), width=8, depth=1, num_classes=2), conditioner=Labels(["a", "b"])).double()
+    randomise(flow_map.network)
+    x0, x1, t = numbers(10, 6, 2), numbers(11, 6, 2), uniforms(12, 6)
+    asked, null = flow_map.encode_prompts(["a", "b"] * 3), flow_map.conditioner.null(6)  # type: ignore[union-attr,operator]
+    assert torch.equal(flow_matching(flow_map, x0, x1, t, asked), flow_matching(flow_map, x0, x1, t, asked, 1.0))
+    assert not torch.equal(flow_matching(flow_map, x0, x1, t, asked), flow_matching(flow_map, x0, x1, t, asked, 2.0))
+    assert torch.equal(flow_matching(flow_map, x0, x1, t, null), flow_matching(flow_map, x0, x1, t, null, 2.0))
+
+
 # --- the objects ----------------------------------------------------------------------------------------------
 
 OBJECTIVES = [FlowMatching(), Lagrangian(), Lagrangian("central"), MeanFlow(), MeanFlow("central"), Compositional()]

@@ -5,7 +5,7 @@ import torch
 from exact import within_standard_errors
 
 from steerfm.errors import ConfigError
-from steerfm.times import LogitNormal, Triangle, time_grid
+from steerfm.times import Anchored, LogitNormal, Triangle, time_grid
 
 N = 40_000
 
@@ -48,6 +48,24 @@ def test_single_times_are_those_of_the_diagonal():
     assert within_standard_errors(torch.stack([s, s**2], 1), torch.tensor([1 / 2, 1 / 3]))
     logits = LogitNormal(mean=0.6, std=1.4).one(N, seeded(4)).logit()
     assert within_standard_errors(torch.stack([logits, logits**2], 1), torch.tensor([0.6, 0.6**2 + 1.4**2]))
+
+
+def test_anchored_pairs_start_at_noise_and_end_at_data_in_their_shares():
+    law = LogitNormal(diagonal=0.25)
+    anchored = Anchored(law, start=0.4, end=0.1)
+    s, t = anchored(N, seeded(6))
+    (plain_s, plain_t), on = law(N, seeded(6)), anchored.diagonal_rows(N)
+    assert on == law.diagonal_rows(N)
+    assert torch.equal(s[:on], plain_s[:on]) and torch.equal(t[:on], plain_t[:on])
+    starts, ends = s[on:] == 1, t[on:] == 0
+    assert starts.float().mean() == pytest.approx(0.4, abs=0.02)
+    assert ends.float().mean() == pytest.approx(0.1, abs=0.02)
+    assert (starts & ends).float().mean() == pytest.approx(0.04, abs=0.01)
+    assert torch.equal(s[on:][~starts], plain_s[on:][~starts]) and torch.equal(t[on:][~ends], plain_t[on:][~ends])
+    assert torch.equal(anchored.one(50, seeded(1)), law.one(50, seeded(1)))
+    for wrong in ({"start": 1.5}, {"end": -0.1}):
+        with pytest.raises(ConfigError, match="probability"):
+            Anchored(law, **wrong)
 
 
 @pytest.mark.parametrize("law", [Triangle(0.0, both=True), LogitNormal(diagonal=0.0, both=True)])

@@ -292,6 +292,24 @@ def test_a_map_that_samples_with_guidance_is_trained_without(tmp_path: Path) -> 
     assert equal(*ends)
 
 
+def test_guidance_is_learnt_once_flow_matching_alone_is_over(tmp_path: Path) -> None:
+    """The first step is the same with and without it, the second is not."""
+    ends = []
+    for guidance, steps in ((1.0, 1), (3.0, 1), (1.0, 2), (3.0, 2)):
+        module = FlowMapTraining(
+            digit_map(), Compositional(), flow_matching_steps=1, guidance=guidance, optimizer=partial(SGD, lr=0.1)
+        )
+        trainer(tmp_path, steps).fit(module, Digits(8, validation_size=0))
+        ends.append(copied(module.state_dict()))
+    assert equal(ends[0], ends[1]) and not equal(ends[2], ends[3])
+    with pytest.raises(ConfigError, match="guidance is 1 or more"):
+        FlowMapTraining(digit_map(), guidance=0.5)
+    with pytest.raises(ConfigError, match="guidance is 1 or more"):
+        FlowMapTraining(digit_map(), guidance=2.0, prompt_dropout=0.0)
+    with pytest.raises(ConfigError, match="needs a conditioner"):
+        FlowMapTraining(point_map(), guidance=2.0)
+
+
 def test_unet_with_classes_trains_and_is_tuned(tmp_path: Path) -> None:
     network = UNet((1, 8, 8), channels=(8, 8), num_classes=10, attention_heads=2, groups=2, frequencies=4)
     flow_map = FlowMap(network, conditioner=Labels(digit_map().conditioner.classes))  # type: ignore[union-attr]
