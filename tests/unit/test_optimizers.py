@@ -43,13 +43,12 @@ def test_a_filter_is_a_matrix_and_company_does_not_matter():
     """Two filters of one shape are made orthogonal together, and each moves as a matrix alone would."""
     filters = [nn.Parameter(draws(i, 4, 3, 3, 3)) for i in range(2)]
     matrices = [nn.Parameter(draws(i, 4, 3, 3, 3).flatten(1)) for i in range(2)]
+    optimizers = [Muon(filters), *(Muon([m]) for m in matrices)]
     for step in range(3):
         for i, (p, m) in enumerate(zip(filters, matrices, strict=True)):
             p.grad = draws(10 * step + i + 5, 4, 3, 3, 3)
             m.grad = p.grad.flatten(1)
-        if step == 0:
-            together, alone = Muon(filters), [Muon([m]) for m in matrices]
-        for optimizer in (together, *alone):
+        for optimizer in optimizers:
             optimizer.step()
     for p, m in zip(filters, matrices, strict=True):
         torch.testing.assert_close(p.flatten(1), m, rtol=1e-5, atol=1e-7)
