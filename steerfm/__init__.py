@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from steerfm.reward import Reward, Scores, as_reward
     from steerfm.sampling import Unsteered
     from steerfm.steering import BestOfN, FlowMapTilting, LookAheadGuidance
-    from steerfm.times import LogitNormal, Triangle
+    from steerfm.times import Anchored, LogitNormal, Triangle
     from steerfm.types import Condition, Cost, Samples
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ _HOMES = {
     "steerfm.reward": ("Reward", "Scores", "as_reward"),
     "steerfm.sampling": ("Unsteered",),
     "steerfm.steering": ("BestOfN", "FlowMapTilting", "LookAheadGuidance"),
-    "steerfm.times": ("LogitNormal", "Triangle"),
+    "steerfm.times": ("Anchored", "LogitNormal", "Triangle"),
     "steerfm.types": ("Condition", "Cost", "Samples"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -63,6 +63,7 @@ __all__ = [
     "EMA",
     "MLP",
     "Adaptive",
+    "Anchored",
     "BestOfN",
     "CaptionWords",
     "ClipTraining",

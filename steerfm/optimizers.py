@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iterati
 class Muon(Optimizer):
     """Optimise parameters of two or more dimensions with Muon and the others with Adam, both at the rate `lr`.
 
-    A filter (out, in, h, w) is the matrix (out, in h w). An update is scaled so that its entries are as large as
+    A filter (out, in, h, w) is the matrix (out, in h w). A matrix with a side above `longest` is taken for the
+    embeddings of a large vocabulary, of which a step sees few rows, and moves by Adam too. An update is scaled so that its entries are as large as
     Adam's usually are, so that one rate serves both. weight_decay is decoupled, as in AdamW. torch.optim.Muon takes
     matrices only, and no parameters of another kind beside them; on matrices this one agrees with it. On a CPU the
     shapes32 map needs less than half the time with it that it needs with AdamW (docs/benchmarks.md). Give
@@ -38,6 +40,7 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         iterations: int = 5,
+        longest: int = 4096,
     ) -> None:
         if lr < 0 or not 0 <= momentum < 1 or not all(0 <= beta < 1 for beta in betas) or iterations < 1:
             raise ConfigError(
@@ -46,6 +49,7 @@ class Muon(Optimizer):
             )
         options: dict[str, Any] = {"lr": lr, "momentum": momentum, "adam_betas": tuple(betas), "eps": eps}
         super().__init__(params, options | {"weight_decay": weight_decay, "iterations": iterations})
+        self._longest = longest
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -58,10 +62,10 @@ class Muon(Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             for p in moved:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-            self._step_matrices([p for p in moved if p.ndim >= 2], group)
-            for p in moved:
-                if p.ndim < 2:
-                    self._step_adam(p, group)
+            matrices = [p.ndim >= 2 and max(p.flatten(1).shape) <= self._longest for p in moved]
+            self._step_matrices(list(itertools.compress(moved, matrices)), group)
+            for p in itertools.compress(moved, [not each for each in matrices]):
+                self._step_adam(p, group)
         return loss
 
     def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:

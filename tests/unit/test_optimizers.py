@@ -39,6 +39,13 @@ def test_vectors_move_as_adamw_moves_them():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+def test_the_embeddings_of_a_large_vocabulary_move_as_adamw_moves_them():
+    ours, theirs = nn.Parameter(draws(2, 9, 4)), nn.Parameter(draws(2, 9, 4))
+    run([Muon([ours], lr=0.01, longest=8)], [ours], 5)
+    run([torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.0)], [theirs], 5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_a_filter_is_a_matrix_and_company_does_not_matter():
     """Two filters of one shape are made orthogonal together, and each moves as a matrix alone would."""
     filters = [nn.Parameter(draws(i, 4, 3, 3, 3)) for i in range(2)]
