@@ -21,11 +21,11 @@ class Muon(Optimizer):
     """Optimise parameters of two or more dimensions with Muon and the others with Adam, both at the rate `lr`.
 
     A filter (out, in, h, w) is the matrix (out, in h w). A matrix with a side above `longest` is taken for the
-    embeddings of a large vocabulary, of which a step sees few rows, and moves by Adam too. An update is scaled so that its entries are as large as
-    Adam's usually are, so that one rate serves both. weight_decay is decoupled, as in AdamW. torch.optim.Muon takes
-    matrices only, and no parameters of another kind beside them; on matrices this one agrees with it. On a CPU the
-    shapes32 map needs less than half the time with it that it needs with AdamW (docs/benchmarks.md). Give
-    `cycle_momentum: false` to a OneCycleLR.
+    embeddings of a large vocabulary, of which a step sees few rows, and moves by Adam too. An update is scaled so that
+    its entries are as large as Adam's usually are, so that one rate serves both. weight_decay is decoupled, as in
+    AdamW. torch.optim.Muon takes matrices only, and no parameters of another kind beside them; on matrices this one
+    agrees with it. On a CPU the shapes32 map needs less than half the time with it that it needs with AdamW
+    (docs/benchmarks.md). Give `cycle_momentum: false` to a OneCycleLR.
 
     Reference: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the scale is from Liu et
     al. 2025, arXiv 2502.16982, eq. (4).
