@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from steerfm.finetuning import DirectBackprop
     from steerfm.flow_map import FlowMap
     from steerfm.modules import ClipTraining, FlowMapTraining, RewardFineTuning, SteeredSampling
-    from steerfm.networks import MLP, UNet, WordEncoder
+    from steerfm.networks import MLP, DiT, UNet, WordEncoder
     from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow
     from steerfm.paths import Linear, Trigonometric, VariancePreserving
     from steerfm.report import compare
@@ -47,7 +47,7 @@ _HOMES = {
     "steerfm.finetuning": ("DirectBackprop",),
     "steerfm.flow_map": ("FlowMap",),
     "steerfm.modules": ("ClipTraining", "FlowMapTraining", "RewardFineTuning", "SteeredSampling"),
-    "steerfm.networks": ("MLP", "UNet", "WordEncoder"),
+    "steerfm.networks": ("MLP", "DiT", "UNet", "WordEncoder"),
     "steerfm.objectives": ("Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow"),
     "steerfm.paths": ("Linear", "Trigonometric", "VariancePreserving"),
     "steerfm.report": ("compare",),
@@ -70,6 +70,7 @@ __all__ = [
     "Compositional",
     "Condition",
     "Cost",
+    "DiT",
     "Digits",
     "DirectBackprop",
     "FlowMap",

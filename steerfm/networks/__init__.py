@@ -1,7 +1,8 @@
 """Networks: each predicts u(x, s, t, condition) and says the shape of one sample in `data_shape`."""
 
+from steerfm.networks.dit import DiT
 from steerfm.networks.mlp import MLP
 from steerfm.networks.text import SlotEncoder, TextEmbeddings, WordEncoder
 from steerfm.networks.unet import UNet
 
-__all__ = ["MLP", "SlotEncoder", "TextEmbeddings", "UNet", "WordEncoder"]
+__all__ = ["MLP", "DiT", "SlotEncoder", "TextEmbeddings", "UNet", "WordEncoder"]

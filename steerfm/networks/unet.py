@@ -13,8 +13,8 @@ from torch.nn import functional
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.networks.attention import Attention
-from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
-from steerfm.networks.text import told
+from steerfm.networks.embeddings import start_at_zero
+from steerfm.networks.told import Told
 from steerfm.types import Condition, State, Times
 
 
@@ -69,7 +69,7 @@ class _Level(nn.Module):
 
 
 @remembered
-class UNet(nn.Module):
+class UNet(Told):
     """Predict u(x, s, t, condition) for pictures (C, H, W).
 
     channels: features at each level, the resolution halves from one to the next. blocks: residual blocks a
@@ -99,27 +99,20 @@ class UNet(nn.Module):
         text_heads: int = 4,
         picture_channels: int = 0,
     ) -> None:
-        super().__init__()
-        self.data_shape = tuple(data_shape)
+        width = 4 * channels[0]
+        super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels)
         _check_shape(self.data_shape, len(channels), patch)
         if attention_heads and channels[-1] % attention_heads:
             raise ConfigError(
                 f"attention_heads must divide the last of channels, {channels[-1]}: got {attention_heads}."
             )
-        width = 4 * channels[0]
-        self.time = TimeEmbedding(width, frequencies, max_rate)
-        self.classes = ClassEmbedding(num_classes, width) if num_classes else None
-        self.text, self.picture_channels = text, picture_channels
-        tokens = None if text is None else int(text.width)  # type: ignore[arg-type]
-        self.caption = None if tokens is None else nn.Linear(tokens, width)
         pixels = self.data_shape[0] * patch**2
-        beside = (picture_channels + 1) * patch**2 if picture_channels else 0
         self.fold, self.unfold = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
-        self.enter = nn.Conv2d(pixels + beside, channels[0], 3, padding=1)
+        self.enter = nn.Conv2d(self.channels_in * patch**2, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
         def level(i: int, inside: int) -> _Level:
-            looks = tokens if i >= len(channels) - text_levels else None
+            looks = self.tokens if i >= len(channels) - text_levels else None
             return _Level([inside, *[channels[i]] * blocks], width, groups, text_heads, looks)
 
         inside = channels[0]
@@ -136,8 +129,8 @@ class UNet(nn.Module):
         start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
-        embedding, text = self._told(x, s, t, condition)
-        h = self.fold(self._beside(x, condition)).contiguous(memory_format=torch.channels_last)  # a fifth faster
+        embedding, text = self.told(x, s, t, condition)
+        h = self.fold(self.beside(x, condition)).contiguous(memory_format=torch.channels_last)  # a fifth faster
         h = self.enter(h)
         skips = []
         for i, level in enumerate(self.down):
@@ -151,32 +144,6 @@ class UNet(nn.Module):
                 h = functional.interpolate(h, scale_factor=2.0, mode="nearest")
             h = level(torch.cat([h, skips.pop()], 1), embedding, text)
         return self.unfold(self.leave(functional.silu(self.norm(h))))
-
-    def _told(
-        self, x: State, s: Times, t: Times, condition: Condition | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return what is known besides the picture: times, class and caption as one vector, and the text's tokens."""
-        needs = self.text is not None or self.picture_channels > 0
-        embedding = conditioning(self.time, self.classes, s, t, condition, other=needs)
-        if self.text is None or self.caption is None:
-            return functional.silu(embedding), None
-        tokens, mask = self.text(condition, embedding)
-        return functional.silu(embedding + self.caption(tokens[:, 0])), (tokens, mask)
-
-    def _beside(self, x: State, condition: Condition | None) -> Tensor:
-        """Return the state with the condition's picture laid beside it, zeros where there is none."""
-        if not self.picture_channels:
-            return x
-        if condition is None:
-            return torch.cat([x, x.new_zeros(len(x), self.picture_channels + 1, *x.shape[2:])], 1)
-        picture = told(condition, "picture")
-        wanted, got = (self.picture_channels + 1, *x.shape[2:]), tuple(picture.shape[1:])
-        if got != wanted:
-            raise ConfigError(
-                f"The network reads pictures {wanted}, mask included, and the condition has {got}: "
-                f"write Pictures(channels={self.picture_channels}, size={tuple(x.shape[2:])})."
-            )
-        return torch.cat([x, picture.to(x)], 1)
 
 
 def _norm(groups: int, channels: int) -> nn.GroupNorm:

@@ -12,13 +12,14 @@ from steerfm.conditions import Labels
 from steerfm.derivatives import directional_derivative
 from steerfm.errors import ConfigError, DerivativeError
 from steerfm.flow_map import FlowMap
-from steerfm.networks import MLP, UNet
+from steerfm.networks import MLP, DiT, UNet
 from steerfm.networks.mlp import randomise
 from steerfm.types import Condition
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "mlp": lambda classes: MLP((3,), width=16, depth=2, num_classes=classes),
     "unet": lambda classes: UNet((1, 4, 4), channels=(8, 16), num_classes=classes),
+    "dit": lambda classes: DiT((2, 4, 4), 2, 8, 2, 2, num_classes=classes),
     "unet with attention": lambda classes: UNet((2, 4, 4), channels=(8, 16), attention_heads=2, num_classes=classes),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from steerfm.conditions import Labels
 from steerfm.errors import ConfigError
-from steerfm.networks import MLP, UNet
+from steerfm.networks import MLP, DiT, UNet
 from steerfm.networks.embeddings import TimeEmbedding
 from steerfm.networks.mlp import randomise
 from steerfm.types import Condition, Cost
@@ -20,6 +20,8 @@ MAKERS: dict[str, tuple[tuple[int, ...], Callable[..., nn.Module]]] = {
     "unet": ((3, 8, 8), lambda **o: UNet((3, 8, 8), channels=(8, 16, 24), blocks=2, **o)),
     "unet of one level": ((1, 5, 7), lambda **o: UNet((1, 5, 7), channels=(8,), **o)),
     "unet of patches": ((1, 8, 4), lambda **o: UNet((1, 8, 4), channels=(8, 16), patch=2, **o)),
+    "dit": ((3, 8, 4), lambda **o: DiT((3, 8, 4), 2, 16, 2, 4, **o)),
+    "dit with decoupled times": ((1, 4, 4), lambda **o: DiT((1, 4, 4), 2, 18, 3, 2, decoupled=1, **o)),
     "unet with attention": ((1, 4, 8), lambda **o: UNet((1, 4, 8), channels=(8, 16), attention_heads=4, **o)),
 }
 every_network = pytest.mark.parametrize("kind", list(MAKERS))
@@ -115,6 +117,42 @@ def test_pictures_that_cannot_be_halved_are_refused(shape: tuple[int, ...]):
         UNet(shape, channels=(8, 16, 32))
     with pytest.raises(ConfigError, match=r"2 levels and patch 2 needs pictures .* divisible by 4"):
         UNet(shape, channels=(8, 16), patch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data_shape": (1, 6, 8)}, "divisible by it"),
+        ({"data_shape": (8, 8)}, "divisible by it"),
+        ({"width": 2}, "width of at least 4"),
+        ({"depth": 2, "decoupled": 2}, "fewer decoupled blocks"),
+        ({"width": 10, "heads": 4}, "heads of attention must divide"),
+    ],
+)
+def test_a_dit_that_cannot_be_is_refused(options: dict, said: str):
+    with pytest.raises(ConfigError, match=said):
+        DiT(**{"data_shape": (1, 8, 8), "patch": 4, "width": 8, "heads": 2, "depth": 1, **options})
+
+
+def test_decoupled_blocks_see_one_time_each():
+    """Only the last block and the output are told t, the others s; on the diagonal nothing is told twice."""
+    network = DiT((1, 4, 4), 2, 16, 3, 2, decoupled=1).double()
+    randomise(network)
+    told: list[tuple[float, ...]] = []
+    network.time.register_forward_pre_hook(lambda _, times: told.append(tuple(float(each[0]) for each in times)))
+    inputs: list[Tensor] = []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[1]))
+    x = numbers(0, 1, 1, 4, 4)
+    network(x, torch.tensor([0.9]).double(), torch.tensor([0.2]).double())
+    assert told == [(pytest.approx(0.9),) * 2, (pytest.approx(0.2),) * 2]
+    assert torch.equal(inputs[0], inputs[1]) and not torch.equal(inputs[1], inputs[2])
+
+
+def test_places_tell_every_token_from_every_other():
+    network = DiT((1, 12, 8), 2, 16, 1, 2)
+    gaps = torch.cdist(network.places, network.places) + 10 * torch.eye(24)
+    assert network.places.shape == (24, 16) and gaps.min() > 0.1
 
 
 def test_heads_must_divide_the_channels_and_groups_are_made_to():

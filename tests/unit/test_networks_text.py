@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steerfm.conditions import CaptionWords, SceneAttributes
 from steerfm.derivatives import directional_derivative
 from steerfm.errors import ConfigError
-from steerfm.networks import SlotEncoder, TextEmbeddings, UNet, WordEncoder
+from steerfm.networks import DiT, SlotEncoder, TextEmbeddings, UNet, WordEncoder
 from steerfm.networks.attention import Attention
 from steerfm.networks.mlp import randomise
 from steerfm.types import Condition
@@ -56,13 +56,22 @@ def unet(text: nn.Module | None = None, **options: Any) -> UNet:
     return UNet(SHAPE, channels=(8, 16), attention_heads=2, text=text, text_heads=2, **options)
 
 
+def dit(text: nn.Module | None = None, **options: Any) -> DiT:
+    return DiT(SHAPE, 2, 8, 2, 2, text=text, **options)
+
+
 def picture_unet() -> tuple[UNet, Condition]:
     return unet(picture_channels=1, patch=2), Condition({"picture": with_picture(classes())["picture"]})
 
 
-CASES: dict[str, Callable[[], tuple[UNet, Condition]]] = {
+CASES: dict[str, Callable[[], tuple[UNet | DiT, Condition]]] = {
     **{f"{kind}": lambda make=make, condition=condition: (unet(make()), condition())
        for kind, (make, condition) in TEXTS.items()},
+    **{f"dit, {kind}": lambda make=make, condition=condition: (dit(make()), condition())
+       for kind, (make, condition) in TEXTS.items()},
+    "dit, words, picture, decoupled": lambda: (
+        dit(TEXTS["words"][0](), picture_channels=1, decoupled=1), with_picture(word_condition())
+    ),
     "words, patch": lambda: (unet(TEXTS["words"][0](), patch=2), word_condition()),
     "words on one level": lambda: (unet(TEXTS["words"][0](), text_levels=1), word_condition()),
     "picture": lambda: (unet(picture_channels=1), Condition({"picture": with_picture(classes())["picture"]})),
