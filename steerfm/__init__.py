@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steerfm.flow_map import FlowMap
     from steerfm.modules import ClipTraining, FlowMapTraining, RewardFineTuning, SteeredSampling
     from steerfm.networks import MLP, DiT, UNet, WordEncoder
-    from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow
+    from steerfm.objectives import Adaptive, Compositional, Eulerian, FlowMatching, Lagrangian
     from steerfm.paths import Linear, Trigonometric, VariancePreserving
     from steerfm.report import compare
     from steerfm.reward import Reward, Scores, as_reward
@@ -48,7 +48,7 @@ _HOMES = {
     "steerfm.flow_map": ("FlowMap",),
     "steerfm.modules": ("ClipTraining", "FlowMapTraining", "RewardFineTuning", "SteeredSampling"),
     "steerfm.networks": ("MLP", "DiT", "UNet", "WordEncoder"),
-    "steerfm.objectives": ("Adaptive", "Compositional", "FlowMatching", "Lagrangian", "MeanFlow"),
+    "steerfm.objectives": ("Adaptive", "Compositional", "Eulerian", "FlowMatching", "Lagrangian"),
     "steerfm.paths": ("Linear", "Trigonometric", "VariancePreserving"),
     "steerfm.report": ("compare",),
     "steerfm.reward": ("Reward", "Scores", "as_reward"),
@@ -73,6 +73,7 @@ __all__ = [
     "DiT",
     "Digits",
     "DirectBackprop",
+    "Eulerian",
     "FlowMap",
     "FlowMapTilting",
     "FlowMapTraining",
@@ -88,7 +89,6 @@ __all__ = [
     "LogitNormal",
     "LookAheadGuidance",
     "LossByInterval",
-    "MeanFlow",
     "Pictures",
     "Points",
     "PromptSeeds",

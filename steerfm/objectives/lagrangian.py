@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from steerfm.derivatives import Method, check_derivative, directional_derivative
+from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.weights import mean_square
-from steerfm.types import Condition, State, Times, Values
+from steerfm.types import Condition, State, Times, Values, unsqueeze_like
+
+Stop = Literal["velocity", "target", "nothing"]
 
 
 def lagrangian(
@@ -20,17 +24,35 @@ def lagrangian(
     t: Times,
     condition: Condition | None = None,
     *,
+    teacher: FlowMap | None = None,
+    stop: Stop = "velocity",
     derivative: Method = "forward",
     step: float = 1e-2,
 ) -> Values:
     """Return the squared gap between the speed of the jump's end and the velocity there; shape (B,).
 
-    d/dt F(x_s, s, t)  against  sg u(F, t, t)
+    stop = "velocity"   d/dt F(x_s, s, t)  against  sg v(F, t)
+    stop = "nothing"    d/dt F(x_s, s, t)  against  v(F, t), whose gradient reaches F
+    stop = "target"     u(x_s, s, t)       against  sg[v(F, t) - (t - s) d/dt u]
 
-    The map teaches itself: the target is its own diagonal, stopped. Gradients flow through the derivative.
-    Reference: Boffi et al. 2025, arXiv 2505.18825 (Lagrangian self-distillation).
+    v is the teacher's velocity, or the map's own, u(x, t, t). The three have one residual and other gradients.
+    Reference: Boffi et al. 2024, arXiv 2406.07507 (LMD: teacher, nothing); Boffi et al. 2025, arXiv 2505.18825 (LSD:
+    own, velocity); Sabour et al. 2025, arXiv 2506.14603 (AYF-LMD: teacher, target).
     """
     x_s = flow_map.path.interpolate(x0, x1, s)
+    source = flow_map if teacher is None else teacher
+    if stop == "target":
+
+        def u(time: Times) -> State:
+            return flow_map.average_velocity(x_s, s, time, condition)
+
+        value, du_dt = directional_derivative(
+            u, (t,), (torch.ones_like(t),), method=derivative, step=step, network=flow_map.network
+        )
+        interval = unsqueeze_like(t - s, x_s)
+        with torch.no_grad():
+            target = source.velocity(x_s + interval * value, t, condition) - interval * du_dt
+        return mean_square(value - target)
 
     def end(time: Times) -> State:
         return flow_map.jump(x_s, s, time, condition)
@@ -38,20 +60,31 @@ def lagrangian(
     F, dF_dt = directional_derivative(
         end, (t,), (torch.ones_like(t),), method=derivative, step=step, network=flow_map.network
     )
-    with torch.no_grad():
-        target = flow_map.velocity(F.detach(), t, condition)
+    with torch.set_grad_enabled(stop == "nothing" and torch.is_grad_enabled()):
+        target = source.velocity(F, t, condition)
     return mean_square(dF_dt - target)
 
 
 @dataclass(frozen=True)
 class Lagrangian:
-    """Lagrangian self-distillation (LSD). derivative: "forward", or "central" with `step`."""
+    """Lagrangian self-distillation (LSD), and with a teacher LMD, AYF-LMD and PID.
+
+    derivative: "forward", or "central" with `step`. teacher: whose velocity the map learns from; None is its own.
+    stop: what takes no gradient, see `lagrangian`: "velocity", "target" or "nothing" (with a teacher only: a map that
+    may move its own target moves it to where it is easily met).
+    """
 
     derivative: Method = "forward"
     step: float = 1e-2
+    teacher: FlowMap | None = field(default=None, kw_only=True)
+    stop: Stop = field(default="velocity", kw_only=True)
 
     def __post_init__(self) -> None:
         check_derivative(self.derivative, self.step)
+        if self.stop not in ("velocity", "target", "nothing"):
+            raise ConfigError(f"stop is 'velocity', 'target' or 'nothing', got '{self.stop}'.")
+        if self.stop == "nothing" and self.teacher is None:
+            raise ConfigError("stop='nothing' needs a teacher: the map's own velocity must be stopped.")
 
     def __call__(
         self,
@@ -63,4 +96,7 @@ class Lagrangian:
         condition: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Values:
-        return lagrangian(flow_map, x0, x1, s, t, condition, derivative=self.derivative, step=self.step)
+        return lagrangian(
+            flow_map, x0, x1, s, t, condition,
+            teacher=self.teacher, stop=self.stop, derivative=self.derivative, step=self.step,
+        )  # fmt: skip

@@ -23,7 +23,7 @@ from steerfm.finetuning import DirectBackprop
 from steerfm.flow_map import FlowMap
 from steerfm.networks.mlp import MLP, randomise
 from steerfm.networks.unet import UNet
-from steerfm.objectives import Compositional, FlowMatching, Lagrangian, MeanFlow
+from steerfm.objectives import Compositional, Eulerian, FlowMatching, Lagrangian
 from steerfm.reward import as_reward
 from steerfm.steering import FlowMapTilting
 
@@ -35,7 +35,7 @@ OBJECTIVES = {
     "lagrangian": Lagrangian(),
     "lagrangian_central": Lagrangian(derivative="central"),
     "compositional": Compositional(),
-    "mean_flow": MeanFlow(),
+    "mean_flow": Eulerian(),
 }
 
 

@@ -1,6 +1,7 @@
 """Objectives: what the exact map gives (MATHS.md, section 3), and where their gradients flow."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -15,9 +16,9 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, UNet
 from steerfm.networks.mlp import randomise
-from steerfm.objectives import Adaptive, Compositional, FlowMatching, Lagrangian, MeanFlow, SourceTime, Uniform
+from steerfm.objectives import Adaptive, Compositional, Eulerian, FlowMatching, Lagrangian, SourceTime, Uniform
 from steerfm.objectives.compositional import compositional
-from steerfm.objectives.eulerian import mean_flow
+from steerfm.objectives.eulerian import eulerian
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.lagrangian import lagrangian
 from steerfm.objectives.weights import mean_square
@@ -59,6 +60,16 @@ def test_the_lagrangian_residual_is_zero(data: GaussianMixture, path: Path):
     assert lagrangian(flow_map, x0, x1, s, t).sqrt().max() < 1e-9
 
 
+def test_every_variant_with_a_velocity_has_no_residual():
+    flow_map, (x0, x1, s, t) = exact(gaussian(), Linear()), batch(gaussian())
+    for stop in ("velocity", "target", "nothing"):
+        assert lagrangian(flow_map, x0, x1, s, t, teacher=flow_map, stop=stop).sqrt().max() < 1e-9  # type: ignore[arg-type]
+    for stop in ("target", "spatial", "nothing"):
+        for velocity in ("self", "teacher"):
+            losses = eulerian(flow_map, x0, x1, s, t, velocity=velocity, teacher=flow_map, stop=stop)  # type: ignore[arg-type]
+            assert losses.sqrt().max() < 1e-9
+
+
 def test_a_lagrangian_term_of_the_wrong_sign_is_not_zero():
     """(s - t) for (t - s) in u = v(F, t) - (t - s) du/dt."""
     x0, x1, s, t = batch(gaussian())
@@ -71,11 +82,11 @@ def test_a_lagrangian_term_of_the_wrong_sign_is_not_zero():
     assert (u - end + column(s - t) * du).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("objective", [lagrangian, mean_flow])
+@pytest.mark.parametrize("objective", [lagrangian, eulerian])
 def test_a_central_difference_misses_by_a_quarter_when_its_step_is_halved(objective: Callable[..., Tensor]):
     flow_map, (x0, x1, s, t) = exact(mixture(), Linear()), batch(mixture())
     s, t = s.clamp(0.3, 0.9), t.clamp(0.2, 0.9)
-    if objective is mean_flow:  # E[x0 | x_s] and E[x1 | x_s] for the pair put the velocity for w
+    if objective is eulerian:  # E[x0 | x_s] and E[x1 | x_s] for the pair put the velocity for w
         x0, x1 = means(flow_map, flow_map.path.interpolate(x0, x1, s), s)
     misses = [objective(flow_map, x0, x1, s, t, derivative="central", step=step).mean().sqrt() for step in (0.02, 0.01)]
     assert float(misses[0] / misses[1]) == pytest.approx(4, rel=0.05)
@@ -124,7 +135,9 @@ def test_mean_residuals_vanish_at_a_fixed_point(path: Path):
         losses = flow_matching(flow_map, x0, x1, source)
         assert losses.mean() > 0.1  # the conditional variance of w stays
         assert near(gradients(flow_map, losses)[:, :, 0], 0.0)
-        assert near(gradients(flow_map, mean_flow(flow_map, x0, x1, source, target))[:, :, 0], 0.0)
+        for along in ("velocity", "self"):
+            losses = eulerian(flow_map, x0, x1, source, target, along=along)  # type: ignore[arg-type]
+            assert near(gradients(flow_map, losses)[:, :, 0], 0.0)
 
         assert not near(mean_flow_residual(flow_map, x0, x1, source, target, sign=-1.0), 0.0)
         w = path.tangent(x0, x1, source)
@@ -139,7 +152,7 @@ def test_mean_gradients_vanish_over_the_data(path: Path):
     x1, s = numbers(7, DRAWS, 2), uniforms(8, DRAWS, 0.1, 1.0)
     t = s * uniforms(9, DRAWS)
     assert near(gradients(flow_map, flow_matching(flow_map, x0, x1, s)), 0.0)
-    assert near(gradients(flow_map, mean_flow(flow_map, x0, x1, s, t)), 0.0)
+    assert near(gradients(flow_map, eulerian(flow_map, x0, x1, s, t)), 0.0)
 
     x_s = path.interpolate(x0, x1, s)
     nudge = (flow_map.average_velocity(x_s, s, t) - flow_map.velocity(x_s, s)).detach()
@@ -151,7 +164,7 @@ def test_mean_gradients_vanish_over_the_data(path: Path):
 def test_the_residual_in_these_tests_is_that_of_the_objective():
     flow_map, (x0, x1, s, t) = analytic_flow_map(mixture(), steps=2), batch(mixture())
     mine = mean_square(mean_flow_residual(flow_map, x0, x1, s, t))
-    assert torch.allclose(mean_flow(flow_map, x0, x1, s, t), mine, rtol=1e-10)
+    assert torch.allclose(eulerian(flow_map, x0, x1, s, t), mine, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +178,7 @@ def test_with_the_velocity_for_w_the_residuals_are_zero(data: GaussianMixture, p
     x0, x1, s, t = batch(data)
     x0, x1 = means(flow_map, path.interpolate(x0, x1, s), s)
     assert flow_matching(flow_map, x0, x1, s).sqrt().max() < 1e-9
-    assert mean_flow(flow_map, x0, x1, s, t).sqrt().max() < 1e-9
+    assert eulerian(flow_map, x0, x1, s, t).sqrt().max() < 1e-9
 
 
 def means(flow_map: FlowMap, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,9 +257,92 @@ def test_meanflow_teaches_the_value_and_stops_the_rest(derivative: str):
     expected = parameter_gradient(flow_map, mean_square(flow_map.average_velocity(x_s, s, t) - target))
     found = parameter_gradient(
         flow_map,
-        mean_flow(flow_map, x0, x1, s, t, derivative=derivative, step=step),  # type: ignore[arg-type]
+        eulerian(flow_map, x0, x1, s, t, derivative=derivative, step=step),  # type: ignore[arg-type]
     )
     assert (found - expected).norm() < 1e-6 * expected.norm()  # the step's own error
+
+
+def test_the_lagrangian_with_a_teacher_stops_what_it_says():
+    flow_map, (x0, x1, s, t) = tiny()
+    teacher = FlowMap(MLP((2,), width=8, depth=1)).double()
+    randomise(teacher.network, seed=1)
+    teacher.requires_grad_(False)
+    still = copy.deepcopy(flow_map).requires_grad_(False)
+    x_s = flow_map.path.interpolate(x0, x1, s)
+    end = still.jump(x_s, s, t)
+
+    def gap(stop: str) -> Tensor:
+        if stop == "target":
+            du = (speed(still, x_s, s, t) - still.average_velocity(x_s, s, t)) / column(t - s)
+            return flow_map.average_velocity(x_s, s, t) - (teacher.velocity(end, t) - column(t - s) * du).detach()
+        moving = flow_map.jump(x_s, s, t) if stop == "nothing" else end
+        return speed(flow_map, x_s, s, t) - teacher.velocity(moving, t)
+
+    found = {}
+    for stop in ("velocity", "target", "nothing"):
+        losses = lagrangian(flow_map, x0, x1, s, t, teacher=teacher, stop=stop)  # type: ignore[arg-type]
+        assert torch.allclose(losses, mean_square(gap("velocity")))  # one residual, three gradients
+        found[stop] = parameter_gradient(flow_map, losses)
+        assert same(found[stop], parameter_gradient(flow_map, mean_square(gap(stop))))
+    assert not any(same(found[a], found[b]) for a, b in itertools.combinations(found, 2))
+
+
+def test_the_eulerian_variants_stop_what_they_say():
+    flow_map, (x0, x1, s, t) = tiny()
+    x_s, w = flow_map.path.interpolate(x0, x1, s), flow_map.path.tangent(x0, x1, s)
+    still = copy.deepcopy(flow_map).requires_grad_(False)
+    v = still.velocity(x_s, s)
+
+    def along(model: FlowMap, function: str, direction: Tensor, times: float) -> Tensor:
+        """Return the derivative along (direction, times) by reverse mode, differentiable once more."""
+        x, at = x_s.clone().requires_grad_(), s.clone().requires_grad_()
+        value = getattr(model, function)(x, at, t)
+        columns = []
+        for i in range(2):
+            in_x, in_s = torch.autograd.grad(value[:, i].sum(), (x, at), create_graph=True)
+            columns.append((in_x * direction).sum(1) + times * in_s)
+        return torch.stack(columns, 1)
+
+    def u() -> Tensor:
+        return flow_map.average_velocity(x_s, s, t)
+
+    interval = column(t - s)
+    zero = torch.zeros_like(v)
+    expected = {
+        "improved": lambda: u() - (w + interval * along(still, "average_velocity", v, 1.0)).detach(),
+        "stopped": lambda: u() - (v + interval * along(still, "average_velocity", v, 1.0)).detach(),
+        "spatial": lambda: along(flow_map, "jump", zero, 1.0) + along(still, "jump", v, 0.0).detach(),
+        "nothing": lambda: u() - v - interval * along(flow_map, "average_velocity", v, 1.0),
+    }
+    options = {
+        "improved": {"along": "self"},
+        "stopped": {"velocity": "self"},
+        "spatial": {"velocity": "self", "stop": "spatial"},
+        "nothing": {"velocity": "self", "stop": "nothing"},
+    }
+    found = {}
+    for name, gap in expected.items():
+        losses = eulerian(flow_map, x0, x1, s, t, **options[name])  # type: ignore[arg-type]
+        assert torch.allclose(losses, mean_square(gap()))
+        found[name] = parameter_gradient(flow_map, losses)
+        assert same(found[name], parameter_gradient(flow_map, mean_square(gap()))), name
+    assert not any(same(found[a], found[b]) for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Lagrangian(stop="nothing"), "needs a teacher"),
+        (lambda: Lagrangian(stop="all"), "stop is 'velocity'"),  # type: ignore[arg-type]
+        (lambda: Eulerian(velocity="teacher"), "go together"),
+        (lambda: Eulerian(velocity="own"), "velocity is one of"),  # type: ignore[arg-type]
+        (lambda: Eulerian(stop="spatial"), "needs the velocity of a map"),
+        (lambda: Eulerian(velocity="self", along="self", stop="nothing"), "is for stop='target'"),
+    ],
+)
+def test_combinations_that_teach_nothing_are_refused(make: Callable[[], object], said: str):
+    with pytest.raises(ConfigError, match=said):
+        make()
 
 
 def test_flow_matching_teaches_the_velocity():
@@ -300,7 +396,16 @@ def test_guidance_of_one_and_the_null_condition_are_plain_flow_matching():
 
 # --- the objects ----------------------------------------------------------------------------------------------
 
-OBJECTIVES = [FlowMatching(), Lagrangian(), Lagrangian("central"), MeanFlow(), MeanFlow("central"), Compositional()]
+OBJECTIVES = [
+    Eulerian(along="self"),
+    Eulerian(velocity="self", stop="spatial"),
+    FlowMatching(),
+    Lagrangian(),
+    Lagrangian("central"),
+    Eulerian(),
+    Eulerian("central"),
+    Compositional(),
+]
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, Compositional("uniform")], ids=repr)
@@ -342,8 +447,8 @@ def test_gamma_is_drawn_from_the_generator_or_is_a_half():
         Compositional("third")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("objective", [Lagrangian, MeanFlow])
-def test_wrong_derivatives_are_refused_when_the_objective_is_made(objective: type[Lagrangian] | type[MeanFlow]):
+@pytest.mark.parametrize("objective", [Lagrangian, Eulerian])
+def test_wrong_derivatives_are_refused_when_the_objective_is_made(objective: type[Lagrangian] | type[Eulerian]):
     with pytest.raises(ConfigError, match="'forward' or 'central', got 'reverse'"):
         objective(derivative="reverse")  # type: ignore[arg-type]
     for step in (0.0, 0.1):  # times may leave [0, 1] by 0.05, not more

@@ -32,7 +32,7 @@ from steerfm.conditions import Labels
 from steerfm.data import PromptSeeds
 from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.networks.unet import UNet
-from steerfm.objectives import Compositional, Lagrangian, MeanFlow
+from steerfm.objectives import Compositional, Eulerian, Lagrangian
 from steerfm.reward import Reward, as_reward
 from steerfm.times import Triangle
 
@@ -215,7 +215,7 @@ def test_gradient_method_refuses_a_black_box_reward() -> None:
         RewardFineTuning(digit_map(), Brightness(), temperature=0)
 
 
-@pytest.mark.parametrize("objective", [Compositional(), Lagrangian(), MeanFlow()])
+@pytest.mark.parametrize("objective", [Compositional(), Lagrangian(), Eulerian()])
 def test_validation_is_fixed_and_leaves_training_alone(objective: Any, tmp_path: Path) -> None:
     module = FlowMapTraining(digit_map(), objective, Triangle(0.5), optimizer=partial(SGD, lr=1e-3))
     data = Digits(16, validation_size=32)
