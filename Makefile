@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 IN_RANGE   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint demo bench constraints clean
+.PHONY: help install test lint demo bench zoo constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -53,7 +53,12 @@ lint: $(STAMP)  ## formatting, style, types, and who may import whom
 	$(BIN)/python -m pytest -q tests/unit/test_import_table.py
 
 bench: $(STAMP)  ## speed and quality, one table a script
-	@for script in benchmarks/digits.py benchmarks/training_overhead.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+zoo: $(STAMP)  ## train, measure and replace the models that ship with the package (two hours)
+	$(BIN)/steerfm train recipe=shapes_clip name=zoo_clip
+	$(BIN)/steerfm train recipe=shapes name=zoo_map
+	$(BIN)/python benchmarks/shapes.py --map runs/zoo_map --clip runs/zoo_clip --ship
 
 constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from steerfm import zoo
 from steerfm.checking import SPECIAL, check, resolve
 from steerfm.errors import ConfigError, SteerfmError, nearest
 
@@ -276,7 +277,11 @@ def _check_command(command: str, recipe: str, base: Any) -> None:
 
 
 def _compose(overrides: Sequence[str]) -> Any:
-    """Return Hydra's composed config (an OmegaConf object: it must not leave this file)."""
+    """Return Hydra's composed config (an OmegaConf object: it must not leave this file).
+
+    In a recipe `${zoo:shapes32}` is the folder of a model that ships with the package.
+    """
+    OmegaConf.register_new_resolver("zoo", lambda name: str(zoo.folder(name)), replace=True)
     try:
         with hydra.initialize_config_module(version_base="1.3", config_module=SHIPPED):
             return hydra.compose("main", list(overrides))

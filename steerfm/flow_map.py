@@ -187,6 +187,13 @@ class FlowMap(nn.Module):
         return save_flow_map(self, FilePath(folder), dtype)
 
     @classmethod
+    def from_zoo(cls, name: str) -> FlowMap:
+        """Load a trained map that ships with the package, such as "shapes32"; `steerfm.zoo.MAPS` names them."""
+        from steerfm import zoo
+
+        return cls.load(zoo.folder(name, zoo.MAPS))
+
+    @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -28,9 +28,7 @@ TINY = {
     "method.particles": ["method.particles=2", "method.jumps=2"],
     "points": ["points=moons"],
 }
-# A missing value, and the recipe whose run fills it.
-NEEDS = {"map": "digits", "clip": "digits_clip"}
-NEEDS_OF_SHAPES = {"map": "shapes", "clip": "shapes_clip"}
+NEEDS = {"map": "digits", "clip": "digits_clip"}  # a missing value, and the recipe whose run fills it
 
 
 def find(values: Any, key: str) -> bool:
@@ -51,8 +49,7 @@ def tiny(name: str, *more: str) -> list[str]:
         chosen = [text for text in chosen if not text.startswith(("trainer.max_steps", "checkpoint_every"))]
     if steps and find(values, "trainer.val_check_interval"):
         chosen.append("trainer.val_check_interval=2")
-    needs = NEEDS_OF_SHAPES if name.startswith("shapes") else NEEDS
-    needs = {**needs, "map": "moons"} if "points" in values else needs
+    needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
     chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
     return [COMMANDS[name], f"recipe={name}", f"name={name}", *chosen, *more]
 

@@ -14,7 +14,7 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kitchen")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("digits", "digits_clip", "moons", "shapes", "shapes_clip"):
+        for name in ("digits", "digits_clip", "moons"):
             assert main(tiny(name)) == 0
     return folder
 
