@@ -45,6 +45,14 @@ def test_captions_are_true_of_their_pictures(split: str) -> None:
     assert bool(seen & UNSEEN) == (split == "unseen")
 
 
+def test_no_picture_of_validation_is_trained_on() -> None:
+    """Single objects are of one kind in both splits: only the stream of random numbers tells them apart."""
+    data = Shapes(batch_size=256, count=1, validation_size=64)
+    validation = data.validation_batch()
+    assert validation is not None
+    assert torch.cdist(validation["x0"].flatten(1), data.batch(0)["x0"].flatten(1)).min() > 0.1
+
+
 def test_counts_sizes_and_wordings() -> None:
     batch = Shapes(20, size=48, count=3, wordings=False).batch(0)
     assert batch["x0"].shape == (20, 3, 48, 48)

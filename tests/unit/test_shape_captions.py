@@ -24,6 +24,13 @@ def described() -> list[tuple[Scene, Description, str]]:
     return [(s, d, say(d, rng)) for s, d in zip(scenes, descriptions, strict=True)]
 
 
+def test_sizes_are_not_said_of_objects_that_are_counted_together() -> None:
+    """One "two red circles" stands for both, whatever their sizes."""
+    alike = (Object("circle", "red", 0.3, 0.5, SIZES["small"]), Object("circle", "red", 0.7, 0.5, SIZES["large"]))
+    for seed in range(50):
+        assert describe(alike, np.random.default_rng(seed)) == Description.of([Wanted("circle", "red")] * 2)
+
+
 def test_captions_round_trip_and_are_true() -> None:
     for scene, description, caption in described():
         assert read(caption) == description == read(plain(description))

@@ -132,6 +132,7 @@ def test_touching_objects_of_two_colours_are_two() -> None:
     b = Object("square", "blue", 0.3 + 0.15 * math.sqrt(math.pi), 0.5, 0.15)
     (found,) = parse(render([(a, b)]))
     assert [(o.shape, o.color) for o in found] == [("square", "red"), ("square", "blue")]
+    assert [o.radius for o in found] == pytest.approx([0.15, 0.15], abs=0.002)  # nothing of the neighbour is its own
     one_colour = (a, dataclasses.replace(b, color="red"))
     assert parse(render([one_colour])) == [()]
     assert len(patches(render([one_colour]))[0]) == 1
@@ -161,6 +162,14 @@ def test_each_picture_is_parsed_alone() -> None:
         # sums of float32 numbers are taken in another order
         assert [o.x for o in alone] == pytest.approx([o.x for o in together], abs=1e-5)
     assert parse(pictures[:0]) == []
+
+
+def test_objects_are_read_from_left_to_right() -> None:
+    low_left, high_right = Object("cross", "red", 0.25, 0.75, 0.11), Object("circle", "blue", 0.75, 0.25, 0.11)
+    high_left, low_right = Object("cross", "red", 0.25, 0.25, 0.11), Object("circle", "blue", 0.75, 0.75, 0.11)
+    for scene in ((high_right, low_left), (low_right, high_left)):
+        (found,) = parse(render([scene]))
+        assert [item.shape for item in found] == ["cross", "circle"]
 
 
 def test_connection_is_by_edge_and_corner_and_of_any_length() -> None:
