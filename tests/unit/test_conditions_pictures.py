@@ -79,6 +79,14 @@ def test_a_picture_lies_beside_its_mask(painted: Path):
     assert not picture[1].any()
 
 
+def test_left_and_right_stay_where_they_are(painted: Path):
+    pixels = np.zeros((2, 3), np.uint8)
+    pixels[0, 0], pixels[1, 2] = 255, 128
+    Image.fromarray(pixels).save("corner.png")
+    expected = 2 * torch.from_numpy(pixels).float() / 255 - 1
+    assert torch.allclose(read_picture("corner.png", 1, (2, 3))[0], expected, atol=1e-6)
+
+
 def test_grey_is_made_of_colours_and_colours_of_grey(painted: Path):
     weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow has it, rounded to one of 255 levels
     grey = read_picture("stripes.png", 1, (2, 4))

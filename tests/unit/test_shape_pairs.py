@@ -100,7 +100,7 @@ def test_pairs_are_neighbours_a_function_of_the_step_and_of_no_process(monkeypat
 
 
 def test_a_pair_mentions_sizes_and_places_alike() -> None:
-    """Their captions are then equally long, but where an object leaves: 0.76 of them, and 0.41 if each draws its own."""
+    """Their captions are equally long, but where an object leaves: 0.76 of them, and 0.41 if each draws its own."""
     prompts = ShapePairs(batch_size=400).batch(0)["prompt"]
     alike = [len(a.split()) == len(b.split()) for a, b in zip(prompts[::2], prompts[1::2], strict=True)]
     assert sum(alike) > 0.65 * len(alike)
