@@ -92,11 +92,11 @@ class DiT(Told):
         start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
+        text = self.read(x, condition)
         if self.decoupled:
-            (early, text), (late, _) = (self.told(x, time, time, condition) for time in (s, t))
+            early, late = (self.told(time, time, condition, text) for time in (s, t))
         else:
-            early, text = self.told(x, s, t, condition)
-            late = early
+            early = late = self.told(s, t, condition, text)
         patches = self.enter(self.beside(x, condition))
         h = patches.flatten(2).transpose(1, 2) + self.places
         for i, block in enumerate(self.blocks):

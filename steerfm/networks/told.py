@@ -40,16 +40,17 @@ class Told(nn.Module):
         self.caption = None if self.tokens is None else nn.Linear(self.tokens, width)
         self.channels_in = self.data_shape[0] + (picture_channels + 1 if picture_channels else 0)
 
-    def told(
-        self, x: State, s: Times, t: Times, condition: Condition | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return times, class and caption as one vector (B, width), and the text's tokens and mask."""
+    def read(self, x: State, condition: Condition | None) -> tuple[Tensor, Tensor] | None:
+        """Return the text's tokens (B, L, tokens) and their mask (B, L); None without a text."""
+        return None if self.text is None else self.text(condition, x)
+
+    def told(self, s: Times, t: Times, condition: Condition | None, text: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return times, class and caption as one vector, (B, width); text: as `read` gives it."""
         needs = self.text is not None or self.picture_channels > 0
         embedding = conditioning(self.time, self.classes, s, t, condition, other=needs)
-        if self.text is None or self.caption is None:
-            return functional.silu(embedding), None
-        tokens, mask = self.text(condition, embedding)
-        return functional.silu(embedding + self.caption(tokens[:, 0])), (tokens, mask)
+        if text is not None and self.caption is not None:
+            embedding = embedding + self.caption(text[0][:, 0])
+        return functional.silu(embedding)
 
     def beside(self, x: State, condition: Condition | None) -> Tensor:
         """Return the state with the condition's picture laid beside it, zeros where there is none."""

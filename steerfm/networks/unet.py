@@ -129,8 +129,9 @@ class UNet(Told):
         start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
-        embedding, text = self.told(x, s, t, condition)
-        h = self.fold(self.beside(x, condition)).contiguous(memory_format=torch.channels_last)  # a fifth faster
+        text = self.read(x, condition)
+        embedding = self.told(s, t, condition, text)
+        h = self.fold(self.beside(x, condition)).contiguous(memory_format=torch.channels_last)  # faster on CPUs
         h = self.enter(h)
         skips = []
         for i, level in enumerate(self.down):
