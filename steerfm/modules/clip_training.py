@@ -23,7 +23,7 @@ from steerfm.errors import ConfigError, DataError, TrainingError
 from steerfm.files import write_atomic
 from steerfm.images import clamp, resize, to_unit
 from steerfm.modules.common import configure, step_generator
-from steerfm.objectives.contrastive import augment, contrastive
+from steerfm.objectives.contrastive import attacked, augment, contrastive
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -41,11 +41,9 @@ class ClipTraining(lightning.LightningModule):
     model: an open_clip model config, plain data with embed_dim, vision_cfg and text_cfg. Pictures are resized to
     vision_cfg.image_size and normalised with `mean` and `std`, which are saved with the model. paraphrase:
     caption -> several ways to say it, of which every step draws one, so that other wordings work too.
-    noise, shift, fade: see `augment`. adversarial: every picture is also moved by up to so much in every pixel,
-    one step up the loss from a random start, so that no invisible pattern raises the score and the gradient points at
-    what a picture shows (fast adversarial training: Wong et al. 2020, arXiv 2001.03994; Santurkar et al. 2019,
-    arXiv 1906.09453). It costs a second pass. logit_scale: what multiplies cosines in the loss; None learns it (as CLIP
-    does). A small fixed one (5) spreads the cosines of right and wrong captions widest, as a reward likes it.
+    noise, shift, fade: see `augment`. adversarial: every picture is also moved by up to so much in every pixel, against
+    its own caption (`attacked`); it costs a second pass. logit_scale: what multiplies cosines in the loss; None learns
+    it (as CLIP does). A small fixed one (5) spreads the cosines of right and wrong captions widest, as a reward likes.
     optimizer, scheduler, seed: as in FlowMapTraining. Negatives are those of the own process.
     """
 
@@ -86,7 +84,7 @@ class ClipTraining(lightning.LightningModule):
         images = augment(_pictures(batch), self.noise, self.shift, self.fade, generator)
         texts = self._texts(batch["prompt"], generator)
         if self.adversarial:
-            images = self._attacked(images, texts, generator)
+            images = attacked(images, lambda moved: self._loss(moved, texts)[0], self.adversarial, generator)
         loss, accuracy = self._loss(images, texts)
         if not torch.isfinite(loss):
             raise TrainingError(f"The contrastive loss is {float(loss)} at step {self.global_step}: lower the rate.")
@@ -116,15 +114,6 @@ class ClipTraining(lightning.LightningModule):
         per_image, per_text = contrastive(pictures, words, groups, own, self.clip.logit_scale.exp())
         accuracy = ((pictures @ words.T).argmax(1) == groups).float().mean()
         return (per_image.mean() + per_text.mean()) / 2, accuracy
-
-    def _attacked(self, images: Tensor, texts: Texts, generator: torch.Generator) -> Tensor:
-        """Return the pictures moved by up to `adversarial` in every pixel, where their loss rises."""
-        start = self.adversarial * (2 * torch.rand(images.shape, generator=generator) - 1).to(images)
-        moved = (images + start).clamp(0, 1).requires_grad_(True)
-        loss, _ = self._loss(moved, texts)
-        (gradient,) = torch.autograd.grad(loss, moved)
-        step = (start + 1.25 * self.adversarial * gradient.sign()).clamp(-self.adversarial, self.adversarial)
-        return (images + step).clamp(0, 1).detach()
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return embeddings of length one, (B, D), of pictures (B, 1 or 3, H, W) in [0, 1]."""

@@ -1,6 +1,8 @@
-"""The contrastive objective of CLIP where several samples share a caption, and the augmentation it trains with."""
+"""The contrastive objective of CLIP where several samples share a caption, and how the pictures it sees are changed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,6 +42,20 @@ def augment(images: Images, noise: float, shift: int, fade: float, generator: to
     faded = moved * (1 + fade * (2 * _uniform(column, images, generator) - 1))
     gaussian = torch.randn(images.shape, generator=generator).to(images)
     return (faded + noise * _uniform(column, images, generator) * gaussian).clamp(0, 1)
+
+
+def attacked(images: Images, loss: Callable[[Images], Tensor], distance: float, generator: torch.Generator) -> Images:
+    """Return pictures in [0, 1], each pixel moved by at most `distance` to where `loss` is higher; (B, C, H, W).
+
+    One step of 1.25 distance along the gradient's sign, from a random start, cut off at `distance`. loss: of a batch,
+    a scalar. A network trained on these has no invisible pattern to be fooled with, and its gradient points at what a
+    picture shows. Reference: Wong et al. 2020, arXiv 2001.03994, algorithm 3; Santurkar et al. 2019, arXiv 1906.09453.
+    """
+    start = distance * (2 * _uniform(tuple(images.shape), images, generator) - 1)
+    moved = (images + start).clamp(0, 1).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(moved), moved)
+    step = (start + 1.25 * distance * gradient.sign()).clamp(-distance, distance)
+    return (images + step).clamp(0, 1).detach()
 
 
 def _shifted(images: Images, shift: int, generator: torch.Generator) -> Images:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steerfm.errors import ConfigError, RewardError, TrustError
-from steerfm.objectives.contrastive import augment, contrastive
+from steerfm.objectives.contrastive import attacked, augment, contrastive
 from steerfm.reward import check
 from steerfm.rewards._open_clip import preprocess, resized_shape
 from steerfm.rewards.clip import CLIPScore
@@ -531,16 +531,14 @@ def test_the_digits_clip_reads_scans_that_it_never_saw(tmp_path):
 
 
 def test_the_attack_raises_the_loss_within_its_distance():
-    module = clip_training(adversarial=0.05)
+    module = clip_training()
     images, prompts = batch(40)["x0"] / 2 + 0.5, batch(40)["prompt"]
     texts = module._texts(prompts)
-    attacked = module._attacked(images, texts, torch.Generator().manual_seed(0))
+    moved = attacked(images, lambda x: module._loss(x, texts)[0], 0.05, torch.Generator().manual_seed(0))
     noise = 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).sign()
-    assert (attacked - images).abs().max() <= 0.05 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
-    clean, attacked_loss, noisy = (
-        float(module.loss(x, prompts)[0].detach()) for x in (images, attacked, images + noise)
-    )
-    assert attacked_loss > max(clean, noisy)
+    assert (moved - images).abs().max() <= 0.05 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    clean, against, noisy = (float(module.loss(x, prompts)[0].detach()) for x in (images, moved, images + noise))
+    assert against > max(clean, noisy)
     assert all(p.grad is None for p in module.parameters())
     with pytest.raises(ConfigError, match="adversarial is a distance"):
         clip_training(adversarial=-0.1)
