@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +115,39 @@ def time_grid(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
     if steps < 1:
         raise ConfigError(f"A sampler needs at least one step, got {steps}.")
     return [start + (end - start) * i / steps for i in range(steps)] + [end]
+
+
+def karras_grid(steps: int, rho: float = 7.0, smallest: float = 1e-3) -> list[float]:
+    """Return steps + 1 times whose 1/rho-th powers are equally spaced from 1 to `smallest`, and 0 behind them.
+
+    rho > 1 crowds them near data; smallest: the last time but one, in (0, 1). Reference: Karras et al. 2022,
+    arXiv 2206.00364, eq. (5), with the time in place of sigma, as diffusers has it for flows.
+    """
+    last = smallest ** (1 / rho) - 1
+    return [(1 + last * i / max(steps - 1, 1)) ** rho for i in range(steps)] + [0.0]
+
+
+def shifted_grid(steps: int, shift: float = 3.0) -> list[float]:
+    """Return steps + 1 times m t / (1 + (m - 1) t) of equally spaced t, m = shift > 1 crowding them near noise.
+
+    Reference: Esser et al. 2024, arXiv 2403.03206 (Stable Diffusion 3), where m is the root of the ratio of two
+    resolutions, 3 for its pictures of 1024 x 1024.
+    """
+    return [shift * t / (1 - t + shift * t) for t in time_grid(steps)]  # so written, 1 stays exactly 1
+
+
+def as_grid(steps: int | Sequence[float]) -> list[float]:
+    """Return the times of a sampler: `steps` equal steps from 1 to 0, or the given times themselves.
+
+    Raises ConfigError unless given times are two or more that fall within [0, 1].
+    """
+    if isinstance(steps, int):
+        return time_grid(steps)
+    times = [float(t) for t in steps]
+    falling = all(s > t for s, t in itertools.pairwise(times))
+    if len(times) < 2 or not falling or not (times[0] <= 1 and times[-1] >= 0):
+        raise ConfigError(f"A sampler's times are two or more that fall from noise, 1, toward data, 0; got {times}.")
+    return times
 
 
 def _order(a: Tensor, b: Tensor, diagonal: int, both: bool) -> tuple[Times, Times]:
