@@ -15,9 +15,9 @@ from steerfm.types import Times
 
 
 class TimeLaw(Protocol):
-    """Draw n pairs (s, t); the first rows lie on the diagonal s = t."""
+    """Draw n pairs (s, t) for a training step; the first rows lie on the diagonal s = t."""
 
-    def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]: ...
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]: ...
 
     def diagonal_rows(self, n: int) -> int:
         """Return how many of n rows have s = t."""
@@ -45,7 +45,7 @@ class Triangle:
     def diagonal_rows(self, n: int) -> int:
         return round(self.diagonal * n)
 
-    def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]:
         a, b = torch.rand(2, n, generator=generator)
         return _order(a, b, self.diagonal_rows(n), self.both)
 
@@ -72,7 +72,7 @@ class LogitNormal:
     def diagonal_rows(self, n: int) -> int:
         return round(self.diagonal * n)
 
-    def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]:
         a, b = torch.sigmoid(self.mean + self.std * torch.randn(2, n, generator=generator))
         return _order(a, b, self.diagonal_rows(n), self.both)
 
@@ -100,11 +100,77 @@ class Anchored:
     def diagonal_rows(self, n: int) -> int:
         return self.law.diagonal_rows(n)
 
-    def __call__(self, n: int, generator: torch.Generator | None = None) -> tuple[Times, Times]:
-        s, t = self.law(n, generator)
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]:
+        s, t = self.law(n, generator, step)
         off = torch.arange(n) >= self.diagonal_rows(n)
         start, end = torch.rand(2, n, generator=generator)
         return s.masked_fill(off & (start < self.start), 1.0), t.masked_fill(off & (end < self.end), 0.0)
+
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        return self.law.one(n, generator)
+
+
+@dataclass(frozen=True)
+class Dyadic:
+    """Draw off-diagonal pairs of interval 2^-k, k from 0 to `levels`, that start at its multiples.
+
+    diagonal: share of rows with s = t, uniform on [0, 1]. rounds: training steps at each level, from the shortest
+    interval to the longest, where it then stays; None draws the level anew for every row. start: the training step at
+    which the first round begins. Reference: Frans et al. 2024, arXiv 2410.12557 (shortcut models); rounds: Salimans and
+    Ho 2022, arXiv 2202.00512 (progressive distillation).
+    """
+
+    levels: int = 7
+    diagonal: float = 0.75
+    rounds: int | None = None
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        _check_share(self.diagonal)
+        if self.levels < 0 or (self.rounds is not None and self.rounds < 1) or self.start < 0:
+            raise ConfigError(
+                "levels and start are 0 or more, rounds 1 step or more or none: got "
+                f"{self.levels}, {self.start} and {self.rounds}."
+            )
+
+    def diagonal_rows(self, n: int) -> int:
+        return round(self.diagonal * n)
+
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]:
+        one, place = torch.rand(2, n, generator=generator)
+        level = torch.randint(0, self.levels + 1, (n,), generator=generator)
+        if self.rounds is not None:
+            level = torch.full((n,), max(self.levels - max(step - self.start, 0) // self.rounds, 0))
+        count = 2.0**level
+        t = (place * count).floor() / count
+        on = torch.arange(n) < self.diagonal_rows(n)
+        return torch.where(on, one, t + 1 / count), torch.where(on, one, t)
+
+    def one(self, n: int, generator: torch.Generator | None = None) -> Times:
+        return torch.rand(n, generator=generator)
+
+
+@dataclass(frozen=True)
+class Limited:
+    """Shorten the intervals of another law by the factor `reach`, in (0, 1]: none is longer than that.
+
+    growing: training steps over which the reach grows from 0 to `reach`, a curriculum; 0 is none.
+    """
+
+    law: TimeLaw
+    reach: float = 1.0
+    growing: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reach <= 1 or self.growing < 0:
+            raise ConfigError(f"reach lies in (0, 1] and growing is 0 or more, got {self.reach} and {self.growing}.")
+
+    def diagonal_rows(self, n: int) -> int:
+        return self.law.diagonal_rows(n)
+
+    def __call__(self, n: int, generator: torch.Generator | None = None, step: int = 0) -> tuple[Times, Times]:
+        s, t = self.law(n, generator, step)
+        return s, s + self.reach * (min(step / self.growing, 1.0) if self.growing else 1.0) * (t - s)
 
     def one(self, n: int, generator: torch.Generator | None = None) -> Times:
         return self.law.one(n, generator)

@@ -9,18 +9,19 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import configure, require_finite, save_averaged, step_generator
+from steerfm.modules.common import Guest, configure, require_finite, save_averaged, step_generator
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
+from steerfm.objectives.teachers import Following, parts_of
 from steerfm.saving import describe_flow_map
 from steerfm.seeds import torch_generator
 from steerfm.times import TimeLaw, Triangle
-from steerfm.types import Condition, Values
+from steerfm.types import Condition, State, Times, Values
 
 Objective = Callable[..., Values]
 
@@ -28,9 +29,11 @@ Objective = Callable[..., Values]
 class FlowMapTraining(lightning.LightningModule):
     """Learn a flow map from data, on batches {"x0": (B, *dim), "prompt": list of str}.
 
-    objective: called as objective(flow_map, x0, x1, s, t, condition, generator) -> (B,), on the rows off the
-    diagonal; rows with s = t learn the velocity by flow matching. times: the law of (s, t). weighting:
-    (losses, s, t) -> (B,). flow_matching_steps: at first all rows are on the diagonal, for so many steps.
+    objective: called as objective(flow_map, x0, x1, s, t, condition, generator, step) -> (B,), on the rows off the
+    diagonal; rows with s = t learn the velocity, by flow matching or by `diagonal`, which is called alike. Teachers
+    in their fields are frozen and follow to the device, other modules there are trained and kept in checkpoints
+    (`steerfm.objectives.teachers`). times: the law of (s, t). weighting: (losses, s, t) -> (B,), what is averaged and
+    minimised. flow_matching_steps: at first all rows are on the diagonal, for so many steps.
     prompt_dropout: share of prompts replaced by the null condition, so that the map also samples freely.
     guidance: scale of classifier-free guidance that the map learns, as `flow_matching` says, once
     flow_matching_steps are over; 1 is none. It needs prompt_dropout.
@@ -50,6 +53,7 @@ class FlowMapTraining(lightning.LightningModule):
         prompt_dropout: float = 0.1,
         guidance: float = 1.0,
         seed: int = 0,
+        diagonal: Objective | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
@@ -58,23 +62,43 @@ class FlowMapTraining(lightning.LightningModule):
             raise ConfigError(
                 f"guidance is 1 or more, and above 1 it needs a conditioner and prompt_dropout above 0: got {guidance}."
             )
+        if diagonal is not None and guidance > 1:
+            raise ConfigError("guidance is learnt by flow matching: with a diagonal of your own, guide its teacher.")
         self.flow_map = flow_map.train()
         self.objective = objective or Lagrangian()
         self.times = times or Triangle()
+        self.diagonal = diagonal
         self.weighting = weighting or Uniform()
+        teachers, companions = parts_of({"objective": self.objective, "diagonal": diagonal})
+        self._teachers = [Guest(teacher) for teacher in teachers]
+        self.companions = nn.ModuleDict(companions)
+        self._followers = [module for module in self.modules() if isinstance(module, Following)]
+        for follower in self._followers:
+            follower.begin(self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=3e-4)
         self.scheduler = scheduler
         self.flow_matching_steps = flow_matching_steps
         self.prompt_dropout = prompt_dropout
         self.guidance = guidance
         self.seed = seed
+        self._followed = 0  # the optimiser step up to which the companions have followed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         generator = step_generator(self, self.seed)
         losses, s, t = self.losses(batch, generator, self.global_step < self.flow_matching_steps)
-        loss = (self.weighting(losses, s, t) * losses).mean()
+        loss = self.weighting(losses, s, t).mean()
         self.log("loss", loss, prog_bar=True)
         return {"loss": loss, "losses": losses.detach(), "s": s, "t": t}
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teachers:
+            teacher.on(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step > self._followed:  # not where the batch was accumulated
+            self._followed = self.global_step
+            for follower in self._followers:
+                follower.follow(self.flow_map, self.global_step)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with torch.enable_grad():  # finite where training is; forward mode does not mind
@@ -90,7 +114,7 @@ class FlowMapTraining(lightning.LightningModule):
         """Return the unweighted loss of each row and its times; raises TrainingError where one is not finite."""
         x0, flow_map = batch["x0"], self.flow_map.with_guidance(1.0)  # guidance is for sampling
         x1 = torch.randn(x0.shape, generator=generator).to(x0)
-        s, t = (times.to(x0) for times in self.times(len(x0), generator))
+        s, t = (times.to(x0) for times in self.times(len(x0), generator, self.global_step))
         rows = len(x0) if diagonal_only else self.times.diagonal_rows(len(x0))
         if diagonal_only:
             t = s = self.times.one(len(x0), generator).to(x0)
@@ -98,14 +122,22 @@ class FlowMapTraining(lightning.LightningModule):
         losses = []
         if rows:
             on = slice(rows)
-            guidance = 1.0 if diagonal_only else self.guidance
-            losses.append(flow_matching(flow_map, x0[on], x1[on], s[on], _rows(condition, on), guidance))
+            losses.append(self._on_diagonal(flow_map, x0[on], x1[on], s[on], _rows(condition, on), generator))
             require_finite(losses[-1], "flow_matching", self.global_step, s[on], t[on])
         if rows < len(x0):
             off = slice(rows, None)
-            losses.append(self.objective(flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off), generator))
+            inputs = (flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off))
+            losses.append(self.objective(*inputs, generator, self.global_step))
             require_finite(losses[-1], _name(self.objective), self.global_step, s[off], t[off])
         return torch.cat(losses), s, t
+
+    def _on_diagonal(
+        self, flow_map: FlowMap, x0: State, x1: State, t: Times, condition: Condition | None, generator: torch.Generator
+    ) -> Values:
+        if self.diagonal is not None:
+            return self.diagonal(flow_map, x0, x1, t, t, condition, generator, self.global_step)
+        learning = self.global_step < self.flow_matching_steps
+        return flow_matching(flow_map, x0, x1, t, condition, 1.0 if learning else self.guidance)
 
     def _condition(self, prompts: list[str], generator: torch.Generator) -> Condition | None:
         condition = self.flow_map.encode_prompts(prompts)
@@ -116,7 +148,7 @@ class FlowMapTraining(lightning.LightningModule):
         return condition.where(keep, null)
 
     def configure_optimizers(self) -> Any:
-        return configure(self.flow_map.parameters(), self.optimizer, self.scheduler)
+        return configure(self.parameters(), self.optimizer, self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_map"] = describe_flow_map(self.flow_map)

@@ -4,5 +4,15 @@ from steerfm.networks.dit import DiT
 from steerfm.networks.mlp import MLP
 from steerfm.networks.text import SlotEncoder, TextEmbeddings, WordEncoder
 from steerfm.networks.unet import UNet
+from steerfm.networks.wrappers import ApartDiagonal, VelocityNetwork
 
-__all__ = ["MLP", "DiT", "SlotEncoder", "TextEmbeddings", "UNet", "WordEncoder"]
+__all__ = [
+    "MLP",
+    "ApartDiagonal",
+    "DiT",
+    "SlotEncoder",
+    "TextEmbeddings",
+    "UNet",
+    "VelocityNetwork",
+    "WordEncoder",
+]

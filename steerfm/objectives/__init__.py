@@ -1,9 +1,31 @@
 """How a flow map is learnt: one file a consistency rule, pure functions per sample, and objects that hold options."""
 
 from steerfm.objectives.compositional import Compositional
+from steerfm.objectives.consistency import Consistency, Shrinking
 from steerfm.objectives.eulerian import Eulerian
-from steerfm.objectives.flow_matching import FlowMatching
+from steerfm.objectives.flow_map_matching import FlowMapMatching
+from steerfm.objectives.flow_matching import FlowMatching, Reflow
 from steerfm.objectives.lagrangian import Lagrangian
-from steerfm.objectives.weights import Adaptive, SourceTime, Uniform
+from steerfm.objectives.teachers import Rounds, SelfAverage
+from steerfm.objectives.total import Total
+from steerfm.objectives.weights import Adaptive, Cauchy, Learnt, PseudoHuber, SourceTime, Uniform
 
-__all__ = ["Adaptive", "Compositional", "Eulerian", "FlowMatching", "Lagrangian", "SourceTime", "Uniform"]
+__all__ = [
+    "Adaptive",
+    "Cauchy",
+    "Compositional",
+    "Consistency",
+    "Eulerian",
+    "FlowMapMatching",
+    "FlowMatching",
+    "Lagrangian",
+    "Learnt",
+    "PseudoHuber",
+    "Reflow",
+    "Rounds",
+    "SelfAverage",
+    "Shrinking",
+    "SourceTime",
+    "Total",
+    "Uniform",
+]

@@ -10,6 +10,7 @@ import torch
 from steerfm.derivatives import Method, check_derivative, directional_derivative
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
+from steerfm.objectives.teachers import Teacher, held, teaching
 from steerfm.objectives.weights import mean_square
 from steerfm.types import Condition, State, Times, Values, unsqueeze_like
 
@@ -35,9 +36,12 @@ def lagrangian(
     stop = "nothing"    d/dt F(x_s, s, t)  against  v(F, t), whose gradient reaches F
     stop = "target"     u(x_s, s, t)       against  sg[v(F, t) - (t - s) d/dt u]
 
-    v is the teacher's velocity, or the map's own, u(x, t, t). The three have one residual and other gradients.
+    v is the teacher's velocity, or the map's own, u(x, t, t); no gradient reaches its weights. The three have one
+    residual and other gradients.
+
     Reference: Boffi et al. 2024, arXiv 2406.07507 (LMD: teacher, nothing); Boffi et al. 2025, arXiv 2505.18825 (LSD:
-    own, velocity); Sabour et al. 2025, arXiv 2506.14603 (AYF-LMD: teacher, target).
+    own, velocity); Sabour et al. 2025, arXiv 2506.14603 (AYF-LMD: teacher, target); Zhou et al. 2025, arXiv 2511.19797
+    (TVM: an average of the own weights, velocity); Tee et al. 2024, arXiv 2411.08378 (PID: teacher, velocity, s = 1).
     """
     x_s = flow_map.path.interpolate(x0, x1, s)
     source = flow_map if teacher is None else teacher
@@ -60,14 +64,14 @@ def lagrangian(
     F, dF_dt = directional_derivative(
         end, (t,), (torch.ones_like(t),), method=derivative, step=step, network=flow_map.network
     )
-    with torch.set_grad_enabled(stop == "nothing" and torch.is_grad_enabled()):
+    with held(source), torch.set_grad_enabled(stop == "nothing" and torch.is_grad_enabled()):
         target = source.velocity(F, t, condition)
     return mean_square(dF_dt - target)
 
 
 @dataclass(frozen=True)
 class Lagrangian:
-    """Lagrangian self-distillation (LSD), and with a teacher LMD, AYF-LMD and PID.
+    """Lagrangian self-distillation (LSD), and with a teacher LMD, AYF-LMD, PID and TVM (SelfAverage).
 
     derivative: "forward", or "central" with `step`. teacher: whose velocity the map learns from; None is its own.
     stop: what takes no gradient, see `lagrangian`: "velocity", "target" or "nothing" (with a teacher only: a map that
@@ -76,15 +80,15 @@ class Lagrangian:
 
     derivative: Method = "forward"
     step: float = 1e-2
-    teacher: FlowMap | None = field(default=None, kw_only=True)
+    teacher: Teacher | None = field(default=None, kw_only=True)
     stop: Stop = field(default="velocity", kw_only=True)
 
     def __post_init__(self) -> None:
         check_derivative(self.derivative, self.step)
         if self.stop not in ("velocity", "target", "nothing"):
             raise ConfigError(f"stop is 'velocity', 'target' or 'nothing', got '{self.stop}'.")
-        if self.stop == "nothing" and self.teacher is None:
-            raise ConfigError("stop='nothing' needs a teacher: the map's own velocity must be stopped.")
+        if self.stop == "nothing" and not isinstance(self.teacher, FlowMap):
+            raise ConfigError("stop='nothing' needs a teacher of its own: the map's velocity must be stopped.")
 
     def __call__(
         self,
@@ -95,8 +99,9 @@ class Lagrangian:
         t: Times,
         condition: Condition | None = None,
         generator: torch.Generator | None = None,
+        step: int = 0,
     ) -> Values:
         return lagrangian(
             flow_map, x0, x1, s, t, condition,
-            teacher=self.teacher, stop=self.stop, derivative=self.derivative, step=self.step,
+            teacher=teaching(self.teacher, flow_map), stop=self.stop, derivative=self.derivative, step=self.step,
         )  # fmt: skip

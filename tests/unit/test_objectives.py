@@ -332,7 +332,7 @@ def test_the_eulerian_variants_stop_what_they_say():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Lagrangian(stop="nothing"), "needs a teacher"),
+        (lambda: Lagrangian(stop="nothing"), "needs a teacher of its own"),
         (lambda: Lagrangian(stop="all"), "stop is 'velocity'"),  # type: ignore[arg-type]
         (lambda: Eulerian(velocity="teacher"), "go together"),
         (lambda: Eulerian(velocity="own"), "velocity is one of"),  # type: ignore[arg-type]
@@ -462,16 +462,17 @@ def test_the_source_time_makes_the_velocity_error_that_of_the_denoised_picture()
     x0, x1, denoised = torch.randn(3, 3, 4, dtype=torch.float64).unbind(0)
     x_s = torch.lerp(x0, x1, s[:, None])
     losses = ((x_s - denoised) / s[:, None] - (x1 - x0)).square().mean(1)
-    weighted = SourceTime(power=2.0)(losses, s, s) * losses
+    weighted = SourceTime(power=2.0)(losses, s, s)
     assert torch.allclose(weighted, (denoised - x0).square().mean(1), rtol=1e-10)
-    assert torch.equal(SourceTime(power=0.0)(losses, s, s), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(SourceTime(power=0.0)(losses, s, s), losses)
 
 
 def test_weights_take_no_gradient():
     losses = torch.tensor([0.5, 2.0], requires_grad=True)
     s = t = torch.zeros(2)
-    assert Uniform()(losses, s, t).tolist() == [1, 1]
-    weights = Adaptive(power=0.5, offset=0.25)(losses, s, t)
-    assert weights.tolist() == pytest.approx([0.75**-0.5, 2.25**-0.5])
-    assert not weights.requires_grad
+    assert torch.equal(Uniform()(losses, s, t), losses)
+    weighted = Adaptive(power=0.5, offset=0.25)(losses, s, t)
+    assert weighted.tolist() == pytest.approx([0.5 * 0.75**-0.5, 2 * 2.25**-0.5])
+    (gradient,) = torch.autograd.grad(weighted.sum(), losses)
+    assert gradient.tolist() == pytest.approx([0.75**-0.5, 2.25**-0.5])
     assert torch.equal(mean_square(torch.tensor([[1.0, 3.0], [0.0, 2.0]])), torch.tensor([5.0, 2.0]))
