@@ -186,19 +186,26 @@ def time_grid(steps: int, start: float = 1.0, end: float = 0.0) -> list[float]:
 def karras_grid(steps: int, rho: float = 7.0, smallest: float = 1e-3) -> list[float]:
     """Return steps + 1 times whose 1/rho-th powers are equally spaced from 1 to `smallest`, and 0 behind them.
 
-    rho > 1 crowds them near data; smallest: the last time but one, in (0, 1). Reference: Karras et al. 2022,
-    arXiv 2206.00364, eq. (5), with the time in place of sigma, as diffusers has it for flows.
+    rho: positive; above 1 it crowds them near data. smallest: the last time but one, in (0, 1). Reference: Karras
+    et al. 2022, arXiv 2206.00364, eq. (5), with the time in place of sigma, as diffusers has it for flows.
     """
+    if steps < 1 or not rho > 0 or not 0 < smallest < 1:
+        raise ConfigError(
+            f"Karras' times need at least one step, rho > 0 and smallest in (0, 1), got {steps}, {rho} and {smallest}."
+        )
     last = smallest ** (1 / rho) - 1
     return [(1 + last * i / max(steps - 1, 1)) ** rho for i in range(steps)] + [0.0]
 
 
 def shifted_grid(steps: int, shift: float = 3.0) -> list[float]:
-    """Return steps + 1 times m t / (1 + (m - 1) t) of equally spaced t, m = shift > 1 crowding them near noise.
+    """Return steps + 1 times m t / (1 + (m - 1) t) of equally spaced t, with m = shift.
 
+    shift: positive; above 1 it crowds them near noise.
     Reference: Esser et al. 2024, arXiv 2403.03206 (Stable Diffusion 3), where m is the root of the ratio of two
     resolutions, 3 for its pictures of 1024 x 1024.
     """
+    if not shift > 0:
+        raise ConfigError(f"shift multiplies the odds of noise to data and must be positive, got {shift}.")
     return [shift * t / (1 - t + shift * t) for t in time_grid(steps)]  # so written, 1 stays exactly 1
 
 
