@@ -1,5 +1,6 @@
 """Networks: each predicts u(x, s, t, condition) and says the shape of one sample in `data_shape`."""
 
+from steerfm.networks.critic import Critic
 from steerfm.networks.dit import DiT
 from steerfm.networks.mlp import MLP
 from steerfm.networks.text import SlotEncoder, TextEmbeddings, WordEncoder
@@ -9,6 +10,7 @@ from steerfm.networks.wrappers import ApartDiagonal, VelocityNetwork
 __all__ = [
     "MLP",
     "ApartDiagonal",
+    "Critic",
     "DiT",
     "SlotEncoder",
     "TextEmbeddings",

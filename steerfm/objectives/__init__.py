@@ -2,6 +2,7 @@
 
 from steerfm.objectives.compositional import Compositional
 from steerfm.objectives.consistency import Consistency, Shrinking
+from steerfm.objectives.distributional import Adversarial, IntegralKL, Levels, TeacherDenoises
 from steerfm.objectives.eulerian import Eulerian
 from steerfm.objectives.flow_map_matching import FlowMapMatching
 from steerfm.objectives.flow_matching import FlowMatching, Reflow
@@ -12,20 +13,24 @@ from steerfm.objectives.weights import Adaptive, Cauchy, Learnt, PseudoHuber, So
 
 __all__ = [
     "Adaptive",
+    "Adversarial",
     "Cauchy",
     "Compositional",
     "Consistency",
     "Eulerian",
     "FlowMapMatching",
     "FlowMatching",
+    "IntegralKL",
     "Lagrangian",
     "Learnt",
+    "Levels",
     "PseudoHuber",
     "Reflow",
     "Rounds",
     "SelfAverage",
     "Shrinking",
     "SourceTime",
+    "TeacherDenoises",
     "Total",
     "Uniform",
 ]
