@@ -1,7 +1,8 @@
-"""Samplers of a flow map: few jumps, Euler, Heun, and the reverse-time SDE with its shared step.
+"""Samplers of a flow map: few jumps, jumps with fresh noise, and the reverse-time SDE with its shared step.
 
 In reverse time tau = 1 - t the path's marginals are those of dx = -v dtau, and of
 dx = (-v + g^2/2 score) dtau + g dW for any g >= 0 (MATHS: Song et al. 2021, arXiv 2011.13456, appendix D).
+Solvers of the velocity alone are in steerfm.solvers; `Unsteered` runs them all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,40 +24,48 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.paths import Path
 from steerfm.reward import as_reward
-from steerfm.times import time_grid
+from steerfm.solvers import ancestral, check_share, ddim, dpm_solver, euler, heun, shares
+from steerfm.times import as_grid
 from steerfm.types import Condition, Cost, Samples, State, Times, Values, unsqueeze_like
 
 Noise = Literal["memoryless", "gentle"]
+SamplerName = Literal["jumps", "renoised", "euler", "heun", "ddim", "dpm_solver", "ancestral", "sde"]
 
 
-def few_jumps(flow_map: FlowMap, x1: State, jumps: int, condition: Condition | None = None) -> State:
-    """Return x0 by `jumps` equal jumps from noise; one network call each."""
+def few_jumps(flow_map: FlowMap, x1: State, jumps: int | Sequence[float], condition: Condition | None = None) -> State:
+    """Return x0 by `jumps` equal jumps from noise, or by jumps between given times; one network call each."""
     x = x1
-    for s, t in _pairs(time_grid(jumps)):
+    for s, t in itertools.pairwise(as_grid(jumps)):
         x = flow_map.jump(x, s, t, condition)
     return x
 
 
-def euler(flow_map: FlowMap, x1: State, steps: int, condition: Condition | None = None) -> State:
-    """Return x0 by Euler steps of the velocity; one network call a step."""
-    x = x1
-    for s, t in _pairs(time_grid(steps)):
-        x = x + (t - s) * flow_map.velocity(x, s, condition)
-    return x
+def renoised(
+    flow_map: FlowMap,
+    x1: State,
+    jumps: int | Sequence[float],
+    condition: Condition | None = None,
+    *,
+    draw: Callable[[int], State],
+    gamma: float = 1.0,
+) -> State:
+    """Return x0 by jumps past each next time t, to (1 - gamma) t, and fresh noise back to t; one network call each.
 
-
-def heun(flow_map: FlowMap, x1: State, steps: int, condition: Condition | None = None) -> State:
-    """Return x0 by Heun steps of the velocity, the last one Euler's; two network calls a step.
-
-    Reference: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+    gamma: in [0, 1]; 1 looks ahead to data each time, as consistency models do, 0 is `few_jumps`. With the exact
+    map every gamma keeps the path's marginals. `draw(jump)` gives that jump's noise; the last adds none.
+    Reference: Song et al. 2023, arXiv 2303.01469, algorithm 1 (gamma = 1); Zheng et al. 2024, arXiv 2402.19159
+    (TCD), for gamma, which Kim et al. 2023, arXiv 2310.02279 (CTM), count otherwise: they jump to where sigma / alpha
+    is sqrt(1 - gamma^2) of what it is at t.
     """
+    check_share("gamma", gamma)
     x = x1
-    for s, t in _pairs(time_grid(steps)):
-        v = flow_map.velocity(x, s, condition)
-        x_next = x + (t - s) * v
-        if t > 0:
-            v = (v + flow_map.velocity(x_next, t, condition)) / 2
-        x = x + (t - s) * v
+    for i, (s, t) in enumerate(itertools.pairwise(as_grid(jumps))):
+        r = (1 - gamma) * t
+        x = flow_map.jump(x, s, r, condition)
+        if r < t:
+            (alpha_r, sigma_r), (alpha_t, sigma_t) = shares(flow_map.path, r), shares(flow_map.path, t)
+            kept = alpha_t / alpha_r
+            x = kept * x + math.sqrt(sigma_t**2 - (kept * sigma_r) ** 2) * draw(i)
     return x
 
 
@@ -106,7 +116,7 @@ def reverse_drift(path: Path, x: State, v: State, t: Times, g2: Times) -> State:
 def sde(
     flow_map: FlowMap,
     x1: State,
-    steps: int,
+    steps: int | Sequence[float],
     condition: Condition | None = None,
     *,
     draw: Callable[[int], State],
@@ -117,7 +127,7 @@ def sde(
     The last step adds no noise: at t = 0 the path ends on data.
     """
     x = x1
-    for i, (s, t) in enumerate(_pairs(time_grid(steps))):
+    for i, (s, t) in enumerate(itertools.pairwise(as_grid(steps))):
         times = as_times(s, x)
         g2 = squared_noise(flow_map.path, times, s - t, noise)
         drift = reverse_drift(flow_map.path, x, flow_map.velocity(x, times, condition), times, g2)
@@ -129,16 +139,26 @@ def sde(
 class Unsteered:
     """Sample the flow map as it is: the baseline that every method is compared with.
 
-    sampler: "jumps", "euler", "heun" or "sde" (memoryless); steps: jumps or steps. Same interface as a
-    steering method; a reward is only evaluated.
+    sampler: "jumps" or "renoised" of the map; "euler", "heun", "ddim", "dpm_solver", "ancestral" or "sde" (memoryless)
+    of its velocity. steps: jumps or steps of equal size, or their times, falling from 1 to 0. gamma, of "renoised",
+    and eta, of "ancestral": the share of fresh noise, in [0, 1]. Same interface as a steering method; a reward is
+    only evaluated.
     """
 
-    sampler: Literal["jumps", "euler", "heun", "sde"] = "jumps"
-    steps: int = 4
+    sampler: SamplerName = "jumps"
+    steps: int | Sequence[float] = 4
+    gamma: float = 1.0
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.sampler not in ("jumps", "euler", "heun", "sde"):
-            raise ConfigError(f"sampler is 'jumps', 'euler', 'heun' or 'sde', got '{self.sampler}'.")
+        if self.sampler not in get_args(SamplerName):
+            names = ", ".join(f"'{name}'" for name in get_args(SamplerName))
+            raise ConfigError(f"sampler is one of {names}; got '{self.sampler}'.")
+        times = as_grid(self.steps)
+        if (times[0], times[-1]) != (1, 0):
+            raise ConfigError(f"A sample's times fall from noise, 1, to data, 0; got {times}: add what is missing.")
+        check_share("gamma", self.gamma)
+        check_share("eta", self.eta)
 
     @torch.no_grad()
     def __call__(
@@ -152,12 +172,20 @@ class Unsteered:
     ) -> Samples:
         task = prepare(flow_map, prompts, seeds, condition)
         with measure(flow_map, None, len(task.seeds)) as cost:
-            if self.sampler == "sde":
-                x0 = sde(flow_map, task.x1, self.steps, task.condition, draw=task.step_noise)
-            else:
-                run = {"jumps": few_jumps, "euler": euler, "heun": heun}[self.sampler]
-                x0 = run(flow_map, task.x1, self.steps, task.condition)
+            x0 = self._function(task.step_noise)(flow_map, task.x1, self.steps, task.condition)
         return finish(flow_map, task, x0, reward, cost())
+
+    def _function(self, draw: Callable[[int], State]) -> Callable[..., State]:
+        return {
+            "jumps": few_jumps,
+            "renoised": partial(renoised, draw=draw, gamma=self.gamma),
+            "euler": euler,
+            "heun": heun,
+            "ddim": ddim,
+            "dpm_solver": dpm_solver,
+            "ancestral": partial(ancestral, draw=draw, eta=self.eta),
+            "sde": partial(sde, draw=draw),
+        }[self.sampler]
 
 
 class Task(NamedTuple):
@@ -259,7 +287,3 @@ def _finished(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _pairs(times: list[float]) -> Iterator[tuple[float, float]]:
-    return itertools.pairwise(times)

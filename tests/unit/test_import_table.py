@@ -15,7 +15,7 @@ TABLE = """
 errors types seeds distributed images paths times shapes building digits files
 networks conditions derivatives optimizers
 flow_map
-analytic sampling divergence reward features
+analytic solvers sampling divergence reward features
 objectives backbones zoo metrics
 finetuning steering
 data modules callbacks

@@ -1,6 +1,8 @@
-"""Samplers: orders of convergence, the law of the SDE, its shared step, costs, and what a sample depends on."""
+"""Samplers: the laws of those that draw noise, the SDE's shared step, costs, and what a sample depends on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,26 +20,30 @@ from steerfm.paths import Linear, Path, VariancePreserving
 from steerfm.reward import Reward, as_reward
 from steerfm.sampling import (
     Noise,
+    SamplerName,
     Unsteered,
-    euler,
     few_jumps,
     gaussian_log_prob,
-    heun,
     measure,
     prepare,
+    renoised,
     reverse_drift,
     sde,
     sde_step,
     squared_noise,
 )
+from steerfm.solvers import ancestral, shares
+from steerfm.times import karras_grid, time_grid
 from steerfm.types import Condition
+
+Sampler = Callable[..., Tensor]
 
 every_path = pytest.mark.parametrize("path", PATHS, ids=NAMES)
 every_noise = pytest.mark.parametrize("noise", ["memoryless", "gentle"])
-every_sampler = pytest.mark.parametrize("sampler", ["jumps", "euler", "heun", "sde"])
+every_sampler = pytest.mark.parametrize("sampler", get_args(SamplerName))
 
 
-# --- ordinary differential equations --------------------------------------------------------------------------
+# --- jumps ----------------------------------------------------------------------------------------------------
 
 
 @every_path
@@ -49,31 +55,21 @@ def test_jumps_of_the_exact_map_are_exact_in_any_number(path: Path):
         assert (few_jumps(flow_map, x1, jumps) - once).abs().max() < 1e-9
 
 
-@every_path
-@pytest.mark.parametrize(("method", "order"), [(euler, 1), (heun, 2)])
-def test_euler_is_of_first_order_and_heun_of_second(path: Path, method: Callable[..., Tensor], order: int):
-    flow_map, x1 = exact(mixture(), path), numbers(1, 16, 2)
-    truth = few_jumps(flow_map, x1, 1)
-    measured = slope(lambda steps: float((method(flow_map, x1, steps) - truth).norm()), 200)
-    assert measured == pytest.approx(order, abs=0.1)
+def test_jumps_between_given_times_end_where_one_does():
+    flow_map, x1 = exact(mixture(), Linear()), numbers(1, 16, 2)
+    assert (few_jumps(flow_map, x1, [1.0, 0.7, 0.1, 0.0]) - flow_map.look_ahead(x1, 1.0)).abs().max() < 1e-9
+    halfway = few_jumps(flow_map, x1, [1.0, 0.8, 0.5])
+    assert (halfway - flow_map.jump(x1, 1.0, 0.5)).abs().max() < 1e-9
 
 
-def test_the_samplers_steps_by_hand():
-    flow_map, x1 = exact(mixture(), Linear()), numbers(2, 4, 2)
-    half = x1 - flow_map.velocity(x1, 1.0) / 2
-    assert torch.allclose(euler(flow_map, x1, 2), half - flow_map.velocity(half, 0.5) / 2, atol=1e-13)
-    corrected = x1 - (flow_map.velocity(x1, 1.0) + flow_map.velocity(half, 0.5)) / 4
-    assert torch.allclose(heun(flow_map, x1, 2), corrected - flow_map.velocity(corrected, 0.5) / 2, atol=1e-13)
+# --- samplers that draw noise ---------------------------------------------------------------------------------
 
 
-# --- the stochastic differential equation ---------------------------------------------------------------------
+def response(sampler: Sampler, path: Path, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c (), a () and b (steps,) of x0 = c + a x1 + sum of b_i noise_i for data N(0.7, 0.49); no sampling.
 
-
-def law(path: Path, noise: Noise, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, variance and correlation with the start of what `sde` returns for Gaussian data; no sampling.
-
-    Drifts are affine then, so the end is mean + a x1 + the sum over steps of b_i noise_i: row 0 is run without
-    noise, row 1 with a start of one more, and row i + 2 with one unit of noise at step i.
+    Everything is affine then: row 0 is run without noise, row 1 with a start of one more, and row i + 2 with one
+    unit of noise at step i.
     """
     x1 = torch.zeros(steps + 2, 1, dtype=torch.float64)
     x1[1] = 1.0
@@ -84,12 +80,71 @@ def law(path: Path, noise: Noise, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         return unit
 
     flow_map = analytic_flow_map(GaussianMixture([[0.7]], [0.49]), path)
-    end = sde(flow_map, x1, steps, draw=draw, noise=noise)[:, 0]
+    end = sampler(flow_map, x1, steps, draw=draw)[:, 0]
     a, b = end[1] - end[0], end[2:] - end[0]
     assert b[-1] == 0  # the last step ends on data and adds no noise
     assert (b[:-1] > 0).all()
+    return end[0], a, b
+
+
+def law(sampler: Sampler, path: Path, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and correlation with the start of what a sampler makes of x1 ~ N(0, 1)."""
+    c, a, b = response(sampler, path, steps)
     variance = a**2 + b.square().sum()
-    return end[0], variance, a / variance.sqrt()
+    return c, variance, a / variance.sqrt()
+
+
+@every_path
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
+@pytest.mark.parametrize("jumps", [2, 5])
+def test_noise_anew_keeps_the_marginals_in_any_number_of_jumps(path: Path, gamma: float, jumps: int):
+    """From the path's own law at t = 1, which is N(0, 1) where alpha(1) = 0; the exact map is good to 1e-10."""
+    c, a, b = response(partial(renoised, gamma=gamma), path, jumps)
+    alpha, sigma = shares(path, 1.0)
+    assert abs(c + a * alpha * 0.7 - 0.7) < 1e-9
+    assert abs(a**2 * (alpha**2 * 0.49 + sigma**2) + b.square().sum() - 0.49) < 1e-9
+
+
+def test_noise_anew_keeps_the_mixture():
+    """Mean and second moments of 10 000 samples within four standard errors after three jumps."""
+    data, n = mixture(), 10_000
+    flow_map = analytic_flow_map(data, steps=3, order=4)  # good to 1e-4, a hundredth of a standard error
+    x0 = renoised(flow_map, numbers(3, n, 2), 3, draw=lambda step: numbers(40 + step, n, 2), gamma=0.5)
+    second = torch.einsum("k,kij->ij", data.weights, data.covariances + torch.einsum("ki,kj->kij", *[data.means] * 2))
+    assert within_standard_errors(x0, data.weights @ data.means)
+    assert within_standard_errors(torch.einsum("ni,nj->nij", x0, x0), second)
+
+
+@every_path
+def test_how_far_a_jump_overshoots_is_a_share(path: Path):
+    """0 is few jumps, to the bit; 1 looks ahead and mixes with noise for the next time."""
+    flow_map, x1, z = exact(gaussian(), path), numbers(1, 8, 2), numbers(2, 8, 2)
+
+    def never(step: int) -> Tensor:
+        raise AssertionError(f"Noise was drawn for jump {step}.")
+
+    assert torch.equal(renoised(flow_map, x1, 3, draw=never, gamma=0.0), few_jumps(flow_map, x1, 3))
+    assert torch.equal(renoised(flow_map, x1, 1, draw=never), flow_map.look_ahead(x1, 1.0))
+    time = torch.full((8,), 0.6, dtype=torch.float64)
+    mixed = path.interpolate(flow_map.look_ahead(x1, 1.0), z, time)
+    assert torch.allclose(renoised(flow_map, x1, [1.0, 0.6], draw=lambda step: z), mixed, atol=1e-12)
+    for gamma in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match=rf"gamma is the share .* in \[0, 1\], got {gamma}"):
+            renoised(flow_map, x1, 2, draw=never, gamma=gamma)
+
+
+@every_path
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ancestral_sampling_keeps_a_mean_and_meets_a_variance_to_first_order(path: Path, eta: float):
+    """From the path's own law at t = 1; the mean of a Gaussian moves along its posterior mean, which is constant."""
+    alpha, sigma = shares(path, 1.0)
+
+    def miss(steps: int) -> float:
+        c, a, b = response(partial(ancestral, eta=eta), path, steps)
+        assert abs(c + a * alpha * 0.7 - 0.7) < 1e-9
+        return abs(float(a**2 * (alpha**2 * 0.49 + sigma**2) + b.square().sum() - 0.49))
+
+    assert slope(miss, 200) == pytest.approx(1, abs=0.1)
 
 
 @every_noise
@@ -99,7 +154,7 @@ def test_the_sde_ends_on_the_data_to_first_order(path: Path, noise: Noise):
     offset = 0.006 if isinstance(path, VariancePreserving) else 0.0
 
     def misses(steps: int) -> tuple[float, float]:
-        mean, variance, _ = law(path, noise, steps)
+        mean, variance, _ = law(partial(sde, noise=noise), path, steps)
         return abs(float(mean) - 0.7), abs(float(variance) - 0.49)
 
     coarse, fine = misses(100), misses(400)
@@ -113,8 +168,9 @@ def test_the_sde_ends_on_the_data_to_first_order(path: Path, noise: Noise):
 def test_memoryless_noise_forgets_the_start_and_gentle_noise_does_not(path: Path):
     """Down to alpha(1), which is 0.0066 on the variance-preserving path and 0 on the others."""
     for steps in (100, 400):
-        assert abs(float(law(path, "memoryless", steps)[2])) < float(path.alpha(torch.ones(1))) + 1e-4
-    assert abs(float(law(path, "gentle", 400)[2])) > 0.1
+        correlation = float(law(partial(sde, noise="memoryless"), path, steps)[2])
+        assert abs(correlation) < float(path.alpha(torch.ones(1))) + 1e-4
+    assert abs(float(law(partial(sde, noise="gentle"), path, 400)[2])) > 0.1
 
 
 @every_noise
@@ -185,8 +241,8 @@ def conditional(guidance_scale: float = 1.0) -> FlowMap:
 
 
 @every_sampler
-def test_a_sample_depends_on_its_seed_and_prompt_alone(sampler: str):
-    flow_map, method = conditional(), Unsteered(sampler, steps=3)  # type: ignore[arg-type]
+def test_a_sample_depends_on_its_seed_and_prompt_alone(sampler: SamplerName):
+    flow_map, method = conditional(), Unsteered(sampler, steps=3)
     prompts, seeds = ["one", "two", "", "two", "one"], [5, 6, 7, 5, 2**40]
     together = method(flow_map, prompts=prompts, seeds=seeds)
     assert (together.prompts, together.seeds) == (prompts, seeds)
@@ -235,11 +291,41 @@ def test_a_condition_of_another_length_is_refused():
         prepare(conditional(), [""], [1, 2], Condition({"label": torch.zeros(3, dtype=torch.long)}))
 
 
-def test_an_unknown_sampler_and_no_steps_are_refused():
-    with pytest.raises(ConfigError, match="'jumps', 'euler', 'heun' or 'sde', got 'rk4'"):
-        Unsteered("rk4")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="at least one step, got 0"):
-        Unsteered(steps=0)(conditional())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "rk4"}, "'jumps', .*'ancestral', 'sde'; got 'rk4'"),
+        ({"steps": 0}, "at least one step, got 0"),
+        ({"steps": [1.0, 0.2, 0.5, 0.0]}, "two or more that fall"),
+        ({"steps": [0.9, 0.5, 0.0]}, r"from noise, 1, to data, 0; got \[0.9, 0.5, 0.0\]"),
+        ({"steps": [1.0, 0.5, 0.1]}, "from noise, 1, to data, 0"),
+        ({"gamma": 1.5}, r"gamma .* in \[0, 1\], got 1.5"),
+        ({"eta": -1.0}, r"eta .* in \[0, 1\], got -1.0"),
+    ],
+)
+def test_what_a_sampler_cannot_do_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Unsteered(**options)
+
+
+@every_sampler
+def test_a_sampler_runs_at_given_times(sampler: SamplerName):
+    flow_map = conditional()
+    equal, given = (Unsteered(sampler, steps)(flow_map, seeds=[3]).x0 for steps in (3, time_grid(3)))
+    assert torch.equal(equal, given)
+    assert (Unsteered(sampler, karras_grid(3))(flow_map, seeds=[3]).x0 - equal).abs().max() > 1e-4
+
+
+def test_the_shares_of_fresh_noise_reach_their_samplers():
+    flow_map = conditional()
+
+    def x0(sampler: SamplerName, **options: float) -> Tensor:
+        return Unsteered(sampler, 3, **options)(flow_map, seeds=[3]).x0
+
+    assert torch.equal(x0("renoised", gamma=0.0), x0("jumps"))
+    assert torch.equal(x0("ancestral", eta=0.0), x0("ddim"))
+    assert (x0("renoised", gamma=0.5) - x0("renoised")).abs().max() > 1e-3
+    assert (x0("ancestral", eta=0.5) - x0("ancestral")).abs().max() > 1e-3
 
 
 # --- costs ----------------------------------------------------------------------------------------------------
@@ -249,9 +335,10 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.flatten(1).mean(1)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("jumps", 5), ("euler", 5), ("heun", 9), ("sde", 5)])
-def test_a_sampler_counts_its_network_calls_per_sample(sampler: str, calls: int):
-    method = Unsteered(sampler, steps=5)  # type: ignore[arg-type]
+@every_sampler
+def test_a_sampler_counts_its_network_calls_per_sample(sampler: SamplerName):
+    """One a step; two a step for Heun's method, whose last is Euler's."""
+    method, calls = Unsteered(sampler, steps=5), 9 if sampler == "heun" else 5
     for n in (1, 4):
         cost = method(conditional(), brightness, prompts=["one"], seeds=range(n)).cost
         assert (cost.network_calls, cost.reward_calls, cost.reward_gradients) == (calls, 0, 0)
