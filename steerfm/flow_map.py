@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from steerfm import images
 from steerfm.building import remembered
+from steerfm.conditions.guidance import EVERYWHERE, SCALE, checked_interval, null_rows, with_scale, without_scale
 from steerfm.errors import ConfigError
 from steerfm.paths import Linear, Path
 from steerfm.saving import load_flow_map, save_flow_map
@@ -67,8 +68,11 @@ class FlowMap(nn.Module):
     network: called as network(x, s, t, condition) -> (B, *data_shape), with `data_shape` as attribute.
     conditioner: prompts -> Condition, with `null(n)`; None for a map without prompts. codec: model space to
     [0, 1] and back; Pixels for (C, H, W), Identity for points. output: what the network returns, u itself or
-    D with u = (x - D) / s. guidance_scale: classifier-free guidance, u_null + scale (u - u_null); 1 is off.
-    Times are (B,) tensors or plain numbers, in [0, 1]; t = 1 is noise.
+    D with u = (x - D) / s. guidance_scale: classifier-free guidance, u_null + scale (u - u_null); 1 is off, and a
+    condition's own scales come first (`steerfm.conditions.guidance.with_scale`). A network with `guidance_input`
+    reads the scale, 1 in null rows, and is called once, any other twice. guidance_interval: (low, high), the source
+    times at which guidance acts, ends included; elsewhere the scale is 1, and a batch that lies outside as a whole
+    pays for one call. Times are (B,) tensors or plain numbers, in [0, 1]; t = 1 is noise.
     """
 
     codec: Codec
@@ -82,6 +86,7 @@ class FlowMap(nn.Module):
         codec: Codec | None = None,
         output: Output = "average_velocity",
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = EVERYWHERE,
     ) -> None:
         super().__init__()
         if output not in ("average_velocity", "denoised"):
@@ -96,6 +101,7 @@ class FlowMap(nn.Module):
         self.codec = default if codec is None else codec
         self.output = output
         self.guidance_scale = guidance_scale
+        self.guidance_interval = checked_interval(guidance_interval)
         self.weights = "raw"  # which weights these are: "raw", or "ema" when loaded so
 
     @property
@@ -116,16 +122,39 @@ class FlowMap(nn.Module):
     def average_velocity(
         self, x: State, s: Times | float, t: Times | float, condition: Condition | None = None
     ) -> State:
-        """Return u(x, s, t), the mean velocity from source time s to target time t; shape (B, *dim)."""
+        """Return u(x, s, t), the mean velocity from source time s to target time t; shape (B, *dim).
+
+        Reference: Ho and Salimans 2022, arXiv 2207.12598 (classifier-free guidance); Kynkäänniemi et al. 2024, arXiv
+        2404.07724 (its interval); Meng et al. 2022, arXiv 2210.03142 (its scale as an input).
+        """
         s, t = as_times(s, x), as_times(t, x)
-        if self.guidance_scale == 1.0 or condition is None:
+        if condition is None:
+            return self._predict(x, s, t, None)
+        scale, condition = self._scale(s, condition), without_scale(condition)
+        if scale is None:
             return self._predict(x, s, t, condition)
         if self.conditioner is None:
             raise ConfigError("Guidance needs a null condition, and this flow map has no conditioner.")
+        if getattr(self.network, "guidance_input", False):
+            null = self.conditioner.null(1).to(x.device)  # type: ignore[operator]
+            return self._predict(x, s, t, with_scale(condition, scale.masked_fill(null_rows(condition, null), 1.0)))
         null = self.conditioner.null(len(x)).to(x.device)  # type: ignore[operator]
         both = self._predict(torch.cat([x, x]), torch.cat([s, s]), torch.cat([t, t]), Condition.cat([condition, null]))
         guided, free = both.chunk(2)
-        return free + self.guidance_scale * (guided - free)
+        return torch.lerp(free, guided, unsqueeze_like(scale, x))
+
+    def _scale(self, s: Times, condition: Condition) -> Times | None:
+        """Return the guidance scale of each row, (B,), 1 outside the interval; None where no row is guided."""
+        own = condition.tensors.get(SCALE)
+        if own is None and self.guidance_scale == 1.0:
+            return None
+        scale = torch.full_like(s, self.guidance_scale) if own is None else own.to(s)
+        if self.guidance_interval == EVERYWHERE:
+            return scale
+        low, high = self.guidance_interval
+        source = s.clamp(0, 1)  # a central difference may step outside a little
+        inside = (low <= source) & (source <= high)
+        return scale.masked_fill(~inside, 1.0) if inside.any() else None
 
     def _predict(self, x: State, s: Times, t: Times, condition: Condition | None) -> State:
         output = self.network(x, s, t, condition).to(x.dtype)  # autocast may have made it bfloat16
@@ -169,10 +198,13 @@ class FlowMap(nn.Module):
         """Return what rewards see: pictures in [0, 1], gradients passing the clamp straight through."""
         return self.codec.decode(x)
 
-    def with_guidance(self, scale: float) -> FlowMap:
-        """Return the same map, sharing its weights, with classifier-free guidance of this scale."""
+    def with_guidance(self, scale: float, interval: Sequence[float] = EVERYWHERE) -> FlowMap:
+        """Return the same map, sharing its weights, with classifier-free guidance of this scale in this interval.
+
+        As a `teacher` of an objective it gives the guided velocity. Raises ConfigError for an impossible interval.
+        """
         view = copy.copy(self)
-        view.guidance_scale = scale
+        view.guidance_scale, view.guidance_interval = scale, checked_interval(interval)
         return view
 
     def frozen_copy(self) -> FlowMap:

@@ -15,6 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from steerfm.building import build, describe
+from steerfm.conditions.guidance import EVERYWHERE
 from steerfm.errors import CheckpointError, ConfigError, TrustError
 from steerfm.files import write_atomic
 
@@ -38,6 +39,8 @@ def describe_flow_map(flow_map: FlowMap) -> dict[str, Any]:
         description["network"] = None
     for name in ("path", "conditioner", "codec", "output", "guidance_scale"):
         description[name] = describe(getattr(flow_map, name))
+    if flow_map.guidance_interval != EVERYWHERE:  # an older steerfm loads what it can run
+        description["guidance_interval"] = describe(flow_map.guidance_interval)
     return description
 
 

@@ -53,8 +53,8 @@ class DiT(Told):
     features of the dense layers, times width. decoupled: so many last blocks (and the output) are told the target
     time t alone, and all before them the source time s alone; 0 tells every block s, t and t - s. On the diagonal a
     decoupled network is one of a single time, so that a velocity network becomes a flow map without a new weight.
-    num_classes, text, picture_channels: as in UNet; every block looks at the text. Raises ConfigError for pictures
-    that do not divide into patches.
+    num_classes, text, picture_channels, guidance_input: as in UNet; every block looks at the text. Raises ConfigError
+    for pictures that do not divide into patches.
 
     Reference: Peebles and Xie 2023, arXiv 2212.09748 (adaLN-zero); Chen et al. 2023, arXiv 2310.00426 (the look at the
     text); Lee et al. 2025, arXiv 2510.24474 (decoupled times).
@@ -75,8 +75,9 @@ class DiT(Told):
         decoupled: int = 0,
         text: nn.Module | None = None,
         picture_channels: int = 0,
+        guidance_input: bool = False,
     ) -> None:
-        super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels)
+        super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels, guidance_input)
         _check(self.data_shape, patch, width, depth, decoupled)
         self.decoupled = decoupled
         channels, height, across = self.data_shape

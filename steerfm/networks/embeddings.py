@@ -1,4 +1,4 @@
-"""How a network is told the two times and the class."""
+"""How a network is told the two times, the class and the scale of guidance."""
 
 from __future__ import annotations
 
@@ -48,6 +48,30 @@ class ClassEmbedding(nn.Module):
         return self.table(label)
 
 
+class GuidanceEmbedding(nn.Module):
+    """Embed the scale of classifier-free guidance, condition["guidance"] (B,) -> (B, width); 1 where none is given.
+
+    asinh(scale), about log(2 scale) where it is large, becomes sines and cosines of `frequencies` log-spaced rates.
+    The last layer starts at zero, and the network as one that is not told. Reference: Meng et al. 2022, arXiv
+    2210.03142 (one network for a range of scales).
+    """
+
+    def __init__(self, width: int, frequencies: int = 8, max_rate: float = 8.0) -> None:
+        super().__init__()
+        self.rates: Tensor
+        rates = torch.logspace(math.log10(0.5), math.log10(max_rate), frequencies)
+        self.register_buffer("rates", rates, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        start_at_zero(self.layers[-1])
+
+    def forward(self, condition: Condition | None, like: Tensor) -> Tensor:
+        """Return the embedding, in the type of `like` (B, ...)."""
+        scale = None if condition is None else condition.tensors.get("guidance")
+        scale = like.new_ones(len(like)) if scale is None else scale.to(like)
+        angles = scale.asinh()[:, None] * self.rates
+        return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
+
+
 def conditioning(
     time: TimeEmbedding,
     classes: ClassEmbedding | None,
@@ -55,13 +79,16 @@ def conditioning(
     t: Times,
     condition: Condition | None,
     *,
+    guidance: GuidanceEmbedding | None = None,
     other: bool = False,
 ) -> Tensor:
-    """Return the sum of the time and the class embeddings, (B, width).
+    """Return the sum of the embeddings of times, class and guidance scale, (B, width).
 
     other: whether the network takes something else from conditions. Raises ConfigError for a condition it ignores.
     """
     embedding = time(s, t)
+    if guidance is not None:
+        embedding = embedding + guidance(condition, embedding)
     if classes is not None:
         return embedding + classes(condition, embedding)
     if condition is not None and not other:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steerfm.building import remembered
-from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning, start_at_zero
+from steerfm.networks.embeddings import (
+    ClassEmbedding,
+    GuidanceEmbedding,
+    TimeEmbedding,
+    conditioning,
+    start_at_zero,
+)
 from steerfm.types import Condition, State, Times
 
 
@@ -35,7 +41,8 @@ class MLP(nn.Module):
     """Predict u(x, s, t, condition) with residual blocks on the flattened state.
 
     data_shape: shape of one sample, for example (2,) or (1, 8, 8). width: features; depth: blocks;
-    expansion: hidden units a feature. num_classes: classes the condition's "label" may name; 0 is none. The
+    expansion: hidden units a feature. num_classes: classes the condition's "label" may name; 0 is none.
+    guidance_input: reads the guidance scale in the condition's "guidance", so that a guided map is one call. The
     output layer starts at zero. Reference: Peebles and Xie 2023, arXiv 2212.09748 (adaptive norm).
     """
 
@@ -48,11 +55,15 @@ class MLP(nn.Module):
         num_classes: int = 0,
         frequencies: int = 16,
         max_rate: float = 32.0,
+        *,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         self.data_shape = tuple(data_shape)
+        self.guidance_input = guidance_input
         self.time = TimeEmbedding(width, frequencies, max_rate)
         self.classes = ClassEmbedding(num_classes, width) if num_classes else None
+        self.guidance = GuidanceEmbedding(width) if guidance_input else None
         self.enter = nn.Linear(math.prod(data_shape), width)
         self.blocks = nn.ModuleList(_Block(width, round(width * expansion)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -60,7 +71,8 @@ class MLP(nn.Module):
         start_at_zero(self.leave)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
-        embedding = functional.silu(conditioning(self.time, self.classes, s, t, condition))
+        told = conditioning(self.time, self.classes, s, t, condition, guidance=self.guidance)
+        embedding = functional.silu(told)
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -1,4 +1,4 @@
-"""What networks of pictures are told besides the state: two times, a class, a text, and a picture laid beside it."""
+"""What networks of pictures are told besides the state: times, class, text, guidance, and a picture laid beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steerfm.errors import ConfigError
-from steerfm.networks.embeddings import ClassEmbedding, TimeEmbedding, conditioning
+from steerfm.networks.embeddings import ClassEmbedding, GuidanceEmbedding, TimeEmbedding, conditioning
 from steerfm.networks.text import told
 from steerfm.types import Condition, State, Times
 
@@ -30,11 +30,14 @@ class Told(nn.Module):
         max_rate: float,
         text: nn.Module | None,
         picture_channels: int,
+        guidance_input: bool,
     ) -> None:
         super().__init__()
         self.data_shape = tuple(data_shape)
         self.time = TimeEmbedding(width, frequencies, max_rate)
         self.classes = ClassEmbedding(num_classes, width) if num_classes else None
+        self.guidance_input = guidance_input
+        self.guidance = GuidanceEmbedding(width) if guidance_input else None
         self.text, self.picture_channels = text, picture_channels
         self.tokens = None if text is None else int(text.width)  # type: ignore[arg-type]
         self.caption = None if self.tokens is None else nn.Linear(self.tokens, width)
@@ -45,9 +48,9 @@ class Told(nn.Module):
         return None if self.text is None else self.text(condition, x)
 
     def told(self, s: Times, t: Times, condition: Condition | None, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return times, class and caption as one vector, (B, width); text: as `read` gives it."""
+        """Return times, class, guidance scale and caption as one vector, (B, width); text: as `read` gives it."""
         needs = self.text is not None or self.picture_channels > 0
-        embedding = conditioning(self.time, self.classes, s, t, condition, other=needs)
+        embedding = conditioning(self.time, self.classes, s, t, condition, guidance=self.guidance, other=needs)
         if text is not None and self.caption is not None:
             embedding = embedding + self.caption(text[0][:, 0])
         return functional.silu(embedding)

@@ -78,8 +78,8 @@ class UNet(Told):
     text: reads the text of a condition (WordEncoder, TextEmbeddings); its tokens are looked at on the `text_levels`
     lowest levels, with `text_heads` heads, and its first token joins the times. picture_channels: channels of a
     picture in condition["picture"], (B, picture_channels + 1, H, W), the last of which says where there is one; it
-    is laid beside the state. The output layer starts at zero. Raises ConfigError where the picture cannot be
-    halved that often.
+    is laid beside the state. guidance_input: as in MLP. The output layer starts at zero. Raises ConfigError where the
+    picture cannot be halved that often.
     """
 
     def __init__(
@@ -98,9 +98,10 @@ class UNet(Told):
         text_levels: int = 2,
         text_heads: int = 4,
         picture_channels: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         width = 4 * channels[0]
-        super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels)
+        super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels, guidance_input)
         _check_shape(self.data_shape, len(channels), patch)
         if attention_heads and channels[-1] % attention_heads:
             raise ConfigError(
