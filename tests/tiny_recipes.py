@@ -28,7 +28,7 @@ TINY = {
     "method.particles": ["method.particles=2", "method.jumps=2"],
     "points": ["points=moons"],
 }
-NEEDS = {"map": "digits", "clip": "digits_clip"}  # a missing value, and the recipe whose run fills it
+NEEDS = {"map": "digits", "clip": "digits_clip", "teacher": "moons"}  # missing values, and whose run fills them
 
 
 def find(values: Any, key: str) -> bool:
@@ -42,7 +42,8 @@ def find(values: Any, key: str) -> bool:
 
 def tiny(name: str, *more: str) -> list[str]:
     """Return the arguments that run a recipe in a moment."""
-    values = config.preview([f"recipe={name}", *[text for text in more if text.startswith(("method=", "reward="))]])
+    parts = [text for text in more if text.startswith(("method=", "reward=", "objective="))]
+    values = config.preview([f"recipe={name}", *parts])
     steps = values.get("trainer", {}).get("max_steps", -1) > 0
     chosen = [text for key, texts in TINY.items() if find(values, key) for text in texts]
     if not steps:
@@ -51,6 +52,8 @@ def tiny(name: str, *more: str) -> list[str]:
         chosen.append("trainer.val_check_interval=2")
     needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
     chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
+    if not find(values, "teacher") and find(values, "objective.teacher.path"):
+        chosen.append(f"objective.teacher.path=runs/{'digits' if 'digits' in name else 'moons'}")
     return [COMMANDS[name], f"recipe={name}", f"name={name}", *chosen, *more]
 
 

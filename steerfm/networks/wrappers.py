@@ -20,6 +20,7 @@ class VelocityNetwork(nn.Module):
     def __init__(self, network: nn.Module, data_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.network = network
+        self.guidance_input = getattr(network, "guidance_input", False)
         self.data_shape = tuple(network.data_shape if data_shape is None else data_shape)  # type: ignore[arg-type]
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
@@ -37,6 +38,7 @@ class ApartDiagonal(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.guidance_input = getattr(network, "guidance_input", False)
         self.data_shape = network.data_shape
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:

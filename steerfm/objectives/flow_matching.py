@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from steerfm.conditions.guidance import SCALE
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.weights import mean_square
-from steerfm.sampling import heun
-from steerfm.types import Condition, State, Times, Values
+from steerfm.solvers import heun
+from steerfm.types import Condition, State, Times, Values, unsqueeze_like
 
 
 def flow_matching(
@@ -19,7 +20,7 @@ def flow_matching(
     x1: State,
     t: Times,
     condition: Condition | None = None,
-    guidance: float = 1.0,
+    guidance: Values | float = 1.0,
 ) -> Values:
     """Return the squared gap between the velocity and the path's tangent, |u(x_t, t, t) - w|^2; shape (B,).
 
@@ -28,16 +29,19 @@ def flow_matching(
 
     guidance: the scale g of classifier-free guidance to learn; where it is not 1, w + (1 - 1/g) sg[u - u_null] takes
     w's place. Solved for u, that is u = v_null + g (v - v_null), the guided velocity at the cost of one more call, with
-    u_null = v_null learnt from rows whose condition is the null one (the gap is 0 there). Reference: Tang et al.
+    u_null = v_null learnt from rows whose condition is the null one (the gap is 0 there). One number, or one a row,
+    (B,); scales in the condition come first, and a network that reads them learns them all. Reference: Tang et al.
     2025, arXiv 2502.12154 (model guidance); Geng et al. 2025, arXiv 2505.13447, eq. (19).
     """
     x_t = flow_map.path.interpolate(x0, x1, t)
     u = flow_map.average_velocity(x_t, t, t, condition)
     target = flow_map.path.tangent(x0, x1, t)
-    if guidance != 1.0 and condition is not None:
+    scale = guidance if condition is None else condition.tensors.get(SCALE, guidance)
+    if condition is not None and (isinstance(scale, torch.Tensor) or scale != 1.0):
         with torch.no_grad():
             null = flow_map.conditioner.null(len(x_t)).to(x_t.device)  # type: ignore[union-attr,operator]
-            target = target + (1 - 1 / guidance) * (u - flow_map.average_velocity(x_t, t, t, null))
+            share = unsqueeze_like(1 - 1 / torch.as_tensor(scale).to(x_t), x_t)
+            target = target + share * (u - flow_map.average_velocity(x_t, t, t, null))
     return mean_square(u - target)
 
 

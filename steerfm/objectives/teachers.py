@@ -41,7 +41,7 @@ class _Copy(nn.Module):
 
     def begin(self, flow_map: FlowMap) -> None:
         """Copy the map, before training."""
-        self.copied = flow_map.frozen_copy()
+        self.copied = flow_map.with_guidance(1.0).frozen_copy()  # guidance is for sampling
 
     @property
     def map(self) -> FlowMap:

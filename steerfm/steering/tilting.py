@@ -73,7 +73,8 @@ class FlowMapTilting:
         log_weights = population.log_weights.log_softmax(1)
         chosen = draw_by_weight(log_weights, task.seeds)
         kept = particles[torch.arange(len(particles)), chosen]
-        guided = flow_map.guidance_scale != 1 and task.condition is not None
+        told = getattr(flow_map.network, "guidance_input", False)  # such a map has learnt the guided flow
+        guided = flow_map.guidance_scale != 1 and task.condition is not None and not told
         return finish(
             flow_map,
             task,

@@ -371,7 +371,7 @@ def test_wrong_arguments_are_said() -> None:
         (lambda: FlowMapTilting(0), "particles must be at least 1, got 0"),
         (lambda: LookAheadGuidance(0), "steps must be at least 1, got 0"),
         (lambda: LookAheadGuidance(clean="mean"), "'look_ahead' or 'posterior_mean', got 'mean'"),  # type: ignore[arg-type]
-        (lambda: Unsteered("ddim"), "'euler', 'heun' or 'sde', got 'ddim'"),  # type: ignore[arg-type]
+        (lambda: Unsteered("rk4"), "'ancestral', 'sde'; got 'rk4'"),  # type: ignore[arg-type]
         (lambda: BestOfN(2)(flow_map, first, prompts="seven", seeds=[0]), r"write \['seven'\]"),
         (lambda: BestOfN(2)(flow_map, first, prompts=["a", "b"], seeds=[0, 1, 2]), "got 2 prompts, 3 seeds"),
         (lambda: BestOfN(2)(flow_map, first, seeds=[]), "got 1 prompts, 0 seeds"),
