@@ -21,34 +21,66 @@ from steerfm.digits import CAPTIONS
 from steerfm.distributed import gather, group_statistics, mean_and_std, resample_across, shard, world
 from steerfm.finetuning import DirectBackprop
 from steerfm.flow_map import FlowMap
-from steerfm.networks.mlp import MLP, randomise
-from steerfm.networks.unet import UNet
-from steerfm.objectives import Compositional, Eulerian, FlowMatching, Lagrangian
+from steerfm.networks import MLP, DiT, UNet
+from steerfm.networks.mlp import randomise
+from steerfm.objectives import (
+    Compositional,
+    Consistency,
+    Eulerian,
+    FlowMapMatching,
+    FlowMatching,
+    Lagrangian,
+    Reflow,
+    SelfAverage,
+    Total,
+)
 from steerfm.reward import as_reward
 from steerfm.steering import FlowMapTilting
 
 ROWS = 8  # of the global batch
 SPLIT = 3  # where the uneven rows of `functions` are divided
-NETWORKS = ("mlp", "unet")
-OBJECTIVES = {
-    "flow_matching": FlowMatching(),
-    "lagrangian": Lagrangian(),
-    "lagrangian_central": Lagrangian(derivative="central"),
-    "compositional": Compositional(),
-    "mean_flow": Eulerian(),
-}
+NETWORKS = ("mlp", "unet", "dit")
+
+
+def network(kind: str) -> nn.Module:
+    if kind == "unet":
+        return UNet((1, 8, 8), channels=(8, 8), num_classes=10, attention_heads=2, groups=2, frequencies=4)
+    if kind == "dit":
+        return DiT((1, 8, 8), patch=2, width=12, depth=2, heads=2, num_classes=10, frequencies=4, decoupled=1)
+    return MLP((1, 8, 8), width=16, depth=1, frequencies=4, num_classes=10)
 
 
 def flow_map(kind: str = "mlp", seed: int = 0) -> FlowMap:
     """Return a random map in float64, which sums in any order to the same to 1e-12."""
-    if kind == "unet":
-        network: nn.Module = UNet(
-            (1, 8, 8), channels=(8, 8), num_classes=10, attention_heads=2, groups=2, frequencies=4
-        )
-    else:
-        network = MLP((1, 8, 8), width=16, depth=1, frequencies=4, num_classes=10)
-    randomise(network, seed=seed)
-    return FlowMap(network, conditioner=Labels(CAPTIONS)).double()
+    built = network(kind)
+    randomise(built, seed=seed)
+    return FlowMap(built, conditioner=Labels(CAPTIONS)).double()
+
+
+TEACHER = flow_map(seed=5)
+AVERAGE = SelfAverage()
+AVERAGE.begin(flow_map(seed=6))
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "flow_matching": FlowMatching(),
+    "flow_matching_teacher": FlowMatching(TEACHER),
+    "reflow": Reflow(TEACHER, steps=2),
+    "lagrangian": Lagrangian(),
+    "lagrangian_central": Lagrangian(derivative="central"),
+    "lmd": Lagrangian(teacher=TEACHER, stop="nothing"),
+    "ayf_lmd": Lagrangian(teacher=TEACHER, stop="target"),
+    "tvm": Lagrangian(teacher=AVERAGE),
+    "compositional": Compositional(),
+    "pfmm": Compositional(teacher=TEACHER, euler_below=0.2),
+    "mean_flow": Eulerian(),
+    "improved_mean_flow": Eulerian(along="self"),
+    "esd": Eulerian(velocity="self", stop="spatial"),
+    "emd": Eulerian(velocity="teacher", teacher=TEACHER, stop="nothing"),
+    "scm": Eulerian(normalise=0.1),
+    "consistency": Consistency(average=AVERAGE),
+    "ctm": Consistency(0.1, relative=True, velocity="teacher", teacher=TEACHER, compare="data"),
+    "fmm": FlowMapMatching(),
+    "total": Total([Compositional(), FlowMatching()], [1.0, 0.5]),
+}
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -14,9 +14,19 @@ from steerfm.analytic import GaussianMixture, analytic_flow_map
 from steerfm.conditions import Labels
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.networks import MLP, UNet
+from steerfm.networks import MLP, DiT, UNet
 from steerfm.networks.mlp import randomise
-from steerfm.objectives import Adaptive, Compositional, Eulerian, FlowMatching, Lagrangian, SourceTime, Uniform
+from steerfm.objectives import (
+    Adaptive,
+    Compositional,
+    Consistency,
+    Eulerian,
+    FlowMapMatching,
+    FlowMatching,
+    Lagrangian,
+    SourceTime,
+    Uniform,
+)
 from steerfm.objectives.compositional import compositional
 from steerfm.objectives.eulerian import eulerian
 from steerfm.objectives.flow_matching import flow_matching
@@ -397,22 +407,32 @@ def test_guidance_of_one_and_the_null_condition_are_plain_flow_matching():
 # --- the objects ----------------------------------------------------------------------------------------------
 
 OBJECTIVES = [
-    Eulerian(along="self"),
-    Eulerian(velocity="self", stop="spatial"),
     FlowMatching(),
     Lagrangian(),
     Lagrangian("central"),
     Eulerian(),
     Eulerian("central"),
+    Eulerian(along="self"),
+    Eulerian(velocity="self", stop="spatial"),
+    Eulerian(normalise=10.0),
     Compositional(),
+    Compositional("uniform"),
+    Consistency(),
+    Consistency(0.1, True, velocity="self", compare="data"),
+    FlowMapMatching(),
 ]
+NETWORKS = {
+    "unet": lambda: UNet((1, 4, 4), channels=(8, 16), attention_heads=2, num_classes=2),
+    "dit": lambda: DiT((1, 4, 4), patch=2, width=16, depth=2, heads=2, num_classes=2),
+}
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, Compositional("uniform")], ids=repr)
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_every_objective_takes_pictures_and_conditions(objective: Callable[..., Tensor], autocast: bool):
+def test_every_objective_takes_pictures_and_conditions(objective: Callable[..., Tensor], autocast: bool, kind: str):
     """Losses are per sample: those of half a batch are half of the losses."""
-    network = UNet((1, 4, 4), channels=(8, 16), attention_heads=2, num_classes=2)
+    network = NETWORKS[kind]()
     randomise(network)
     flow_map = FlowMap(network, conditioner=Labels(["one", "two"]))
     condition = flow_map.encode_prompts(["one", "two", "", "two"])
