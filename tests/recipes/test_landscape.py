@@ -48,6 +48,13 @@ class ToAPoint(nn.Module):
         return (x - self.point) / s[:, None]
 
 
+class Start(ToAPoint):
+    """u = s in both coordinates, no flow map: two jumps and one lie (s - r) (r - t) apart in each."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        return s[:, None].expand_as(x)
+
+
 def figures(*divergences: float, cost: float = 2.0) -> dict[str, Any]:
     kl = dict(zip(("1", "2", "4", "8", "16"), divergences, strict=True))
     return {"kl": kl, "off_support": 0.1, "defect": None, "cost": cost, "steps": 10}
@@ -100,10 +107,10 @@ def test_maps_are_asked_only_for_jumps_that_they_have_learnt(
     assert list(found["kl"]) == (["1"] if name == "free_flow" else ["1", "2", "4", "8", "16"])
 
 
-def test_a_short_reach_has_the_defect_of_a_short_jump(landscape: ModuleType):
-    network = ToAPoint((0.1, 0.1))
-    landscape.measure(FlowMap(network), "fmm", 4000)
-    assert {(1.0, 0.875), (0.875, 0.75), (1.0, 0.75)} <= network.asked
+@pytest.mark.parametrize(("name", "interval"), [("psd", 1.0), ("fmm", 0.25)])
+def test_the_defect_is_that_of_the_longest_jump_a_map_is_made_for(landscape: ModuleType, name: str, interval: float):
+    found = landscape.measure(FlowMap(Start((0.0, 0.0))), name, 4000)
+    assert found["defect"] == pytest.approx(math.sqrt(2) * (interval / 2) ** 2, rel=1e-5)
 
 
 def test_teachers_come_first(landscape: ModuleType):
