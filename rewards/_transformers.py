@@ -89,6 +89,12 @@ def find_file(
     return _from_hub(str(source), names, option, cache_dir)
 
 
+def find_weights(source: str | Path, names: Sequence[str], cache_dir: str | Path | None = None) -> Path:
+    """Return `source` if it is a file, else what `find_file` finds for the option "weights"."""
+    file = Path(source).expanduser()
+    return file if file.is_file() else find_file(source, names, "weights", cache_dir)
+
+
 def load_model(
     kind: str,
     source: str | Path,
@@ -152,18 +158,19 @@ def load_preprocessing(
 
 def preprocessing_of(processor: Any, source: str | Path) -> Preprocessing:
     """Return what an image processor does as tensor code. Raises RewardError for steps that this cannot express."""
-    size, crop = _sides(processor.size), None
-    if getattr(processor, "do_center_crop", False):
-        crop = _sides(processor.crop_size)
+    size = _sides(processor.size)
+    crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
     steps = [getattr(processor, step, True) for step in ("do_resize", "do_rescale", "do_normalize")]
     method = {BILINEAR: "bilinear", BICUBIC: "bicubic"}.get(int(processor.resample))
-    scaled = abs(255 * getattr(processor, "rescale_factor", 1 / 255) - 1) < 1e-6
-    fits = crop is None or (size is not None and not isinstance(crop, int) and _covers(size, crop))
-    if size is None or method is None or not (all(steps) and scaled and fits) or getattr(processor, "do_pad", False):
+    by_255 = abs(255 * getattr(processor, "rescale_factor", 1 / 255) - 1) < 1e-6
+    padded = bool(getattr(processor, "do_pad", False))
+    if size is None or method is None or isinstance(crop, int) or not all((*steps, by_255, not padded)):
         raise RewardError(
             f"The preprocessing of '{source}' ({type(processor).__name__}) is none that steerfm knows: it should "
             "resize to a size or a shortest edge, bilinear or bicubic, cut out the middle, divide by 255 and normalise."
         )
+    if crop is not None and any(cut > side for cut, side in zip(crop, _both(size), strict=True)):
+        raise RewardError(f"The preprocessing of '{source}' cuts {crop} out of {_both(size)}, which is smaller.")
     return Preprocessing(size, crop, method, tuple(processor.image_mean), tuple(processor.image_std))
 
 
@@ -204,7 +211,7 @@ def explained(source: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         if "weights_only" in reason or "Weights only" in reason:
             raise RewardError(
-                f"{source} holds more than tensors and was not opened: convert it to safetensors. ({reason})"
+                f"{source} holds more than tensors and was not opened: use the published file. ({reason})"
             ) from error
         raise RewardError(
             f"{source} cannot be loaded ({type(error).__name__}: {reason}): is every file whole, and the right one?"
@@ -254,8 +261,8 @@ def _check_keys(report: Mapping[str, Any], unused: Sequence[str], source: str | 
     strange = sorted(key for key in report["unexpected_keys"] if not key.startswith(tuple(unused)))
     if strange:
         raise RewardError(
-            f"The weights of '{source}' do not fit: keys belong to another model ({len(strange)}, such as {strange[0]}). "
-            "Use the published file."
+            f"The weights of '{source}' do not fit: keys belong to another model ({len(strange)}, such as "
+            f"{strange[0]}). Use the published file."
         )
 
 
@@ -267,9 +274,8 @@ def _sides(size: Any) -> tuple[int, int] | int | None:
     return given["shortest_edge"] if set(given) == {"shortest_edge"} else None
 
 
-def _covers(size: tuple[int, int] | int, crop: tuple[int, int] | None) -> bool:
-    sides = (size, size) if isinstance(size, int) else size
-    return crop is None or (sides[0] >= crop[0] and sides[1] >= crop[1])
+def _both(size: tuple[int, int] | int) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 @contextlib.contextmanager
