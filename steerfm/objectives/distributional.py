@@ -3,6 +3,10 @@
 The target time is 0 whatever the time law says; s = 1 throughout, `Anchored(..., start=1.0)`, uses no data in y. What
 judges besides the teacher (a flow map of the samples, a critic) is a companion that learns beside the map. Its loss and
 the map's are added, and no gradient of one reaches the parameters of the other.
+
+The companion has to keep up with the samples: with `every` = n the map learns at one step in n, the companion at all of
+them (two time scales, Yin et al. 2024, arXiv 2405.14867, section 4.2). At the steps between, the map has no gradient,
+and on several processes DDP has to be told so: trainer.strategy=ddp_find_unused_parameters_true.
 """
 
 from __future__ import annotations
@@ -138,19 +142,21 @@ class IntegralKL:
     """Diff-Instruct (weight "kl") and DMD's matching of distributions (weight "dmd"), see `integral_kl`.
 
     teacher: any map with a velocity, guided where it is guided. fake: a flow map, best a second copy of the teacher,
-    that learns the velocity of the samples by flow matching at the same levels; it is never guided. levels: of the
-    noise. DMD's regression to the ends of the teacher's own paths is another objective, in a Total: Lagrangian with the
-    teacher, for example.
+    that learns the velocity of the samples by flow matching at the same levels; it is never guided. every: steps for
+    each of the map's. levels: of the noise. DMD's regression to the ends of the teacher's own paths is another
+    objective, in a Total: Lagrangian with the teacher, for example.
     """
 
     teacher: FlowMap
     fake: FlowMap
     weight: Weight = "dmd"
+    every: int = field(default=5, kw_only=True)
     levels: Levels = field(default=Levels(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.weight not in ("dmd", "kl"):
             raise ConfigError(f"weight is 'dmd' or 'kl', got '{self.weight}'.")
+        _check_every(self.every)
         if self.fake is self.teacher:
             raise ConfigError("The fake learns and the teacher is frozen: give the fake a copy, got one map for both.")
         if self.fake.path != self.teacher.path:
@@ -170,11 +176,15 @@ class IntegralKL:
         generator: torch.Generator | None = None,
         step: int = 0,
     ) -> Values:
-        y = sampled(flow_map, x0, x1, s, condition)
+        learns = step % self.every == 0
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            y = sampled(flow_map, x0, x1, s, condition)
         fake = self.fake.with_guidance(1.0)  # it describes the samples as they are
-        loss = integral_kl(y, self.levels.draw(y, generator), self.teacher, fake, condition, self.weight)
         tau, noise = self.levels.draw(y, generator)
-        return loss + flow_matching(fake, y.detach(), noise, tau, condition)
+        fitting = flow_matching(fake, y.detach(), noise, tau, condition)
+        if not learns:
+            return fitting
+        return fitting + integral_kl(y, self.levels.draw(y, generator), self.teacher, fake, condition, self.weight)
 
 
 @dataclass(frozen=True)
@@ -183,8 +193,9 @@ class Adversarial:
 
     critic: called as critic(x, tau, condition) -> (B,), such as `Critic` around a network. game: "hinge" or "logistic",
     see `generator_loss`. noised: both are seen through noise of these levels, which keeps their supports overlapping,
-    else clean, tau = 0. penalty: of the critic's steepness at both, by differences of `step`, see `steepness`; 0 is
-    none. With a `TeacherDenoises` in a Total it is ADD.
+    else clean, tau = 0. every: steps for each of the map's. penalty: half of it times the critic's steepness is added
+    at data and at samples, by differences of `step`, see `steepness`; it has to shrink with the square of the smallest
+    distance that the critic must tell apart. With a `TeacherDenoises` in a Total it is ADD.
 
     Reference: Sauer et al. 2023, arXiv 2311.17042 (ADD: hinge, clean, R1 at data); Wang et al. 2022, arXiv 2206.02262
     (Diffusion-GAN: noised); Huang et al. 2025, arXiv 2501.05441 (why the penalty stands at both).
@@ -193,13 +204,15 @@ class Adversarial:
     critic: nn.Module
     game: Game = "hinge"
     noised: bool = True
-    penalty: float = field(default=0.1, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    penalty: float = field(default=1.0, kw_only=True)
     step: float = field(default=0.01, kw_only=True)
     levels: Levels = field(default=Levels(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.game not in ("hinge", "logistic"):
             raise ConfigError(f"game is 'hinge' or 'logistic', got '{self.game}'.")
+        _check_every(self.every)
         if self.penalty < 0 or not self.step > 0:
             raise ConfigError(f"penalty is 0 or more and step above 0, got {self.penalty} and {self.step}.")
 
@@ -214,11 +227,15 @@ class Adversarial:
         generator: torch.Generator | None = None,
         step: int = 0,
     ) -> Values:
-        y = sampled(flow_map, x0, x1, s, condition)
+        learns = step % self.every == 0
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            y = sampled(flow_map, x0, x1, s, condition)
+        judging = self._judging(flow_map.path, x0, y.detach(), condition, generator)
+        if not learns:
+            return judging
         made, tau = self._seen(y, flow_map.path, generator)
         with held(self.critic):
-            loss = generator_loss(self.critic(made, tau, condition), self.game)
-        return loss + self._judging(flow_map.path, x0, y.detach(), condition, generator)
+            return judging + generator_loss(self.critic(made, tau, condition), self.game)
 
     def _judging(
         self, path: Path, x0: State, y: State, condition: Condition | None, generator: torch.Generator | None
@@ -266,3 +283,8 @@ class TeacherDenoises:
     ) -> Values:
         y = sampled(flow_map, x0, x1, s, condition)
         return teacher_denoises(y, self.levels.draw(y, generator), self.teacher, condition)
+
+
+def _check_every(every: int) -> None:
+    if every < 1:
+        raise ConfigError(f"The map learns at every 1 step or more, got {every}.")
