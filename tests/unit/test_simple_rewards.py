@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter, laplace
 
 from steerfm import digits
 from steerfm.errors import RewardError
 from steerfm.images import to_unit
 from steerfm.reward import check
 from steerfm.rewards.digit_judge import DigitJudge
-from steerfm.rewards.simple import Brightness, Contrast, JPEGSize, Redness, Symmetry
+from steerfm.rewards.simple import Brightness, Colourfulness, Contrast, JPEGSize, Redness, Sharpness, Symmetry
 
 PICTURE = torch.tensor([[[0.1, 0.3], [0.5, 0.9]], [[0.0, 0.2], [0.4, 0.6]], [[1.0, 0.0], [0.0, 1.0]]])[None]
-DIFFERENTIABLE = [Brightness, Redness, Contrast, Symmetry]
+DIFFERENTIABLE = [Brightness, Redness, Contrast, Symmetry, Sharpness, Colourfulness]
+
+NAMES = ("brightness", "redness", "contrast", "symmetry", "sharpness", "colourfulness", "jpeg_size")
 
 
 def value(reward, images: torch.Tensor) -> list[float]:
@@ -50,6 +53,33 @@ def test_symmetry_is_minus_the_squared_gap_to_the_mirror_image():
     assert value(Symmetry(), torch.cat([PICTURE, PICTURE.flip(3)], 3)) == [0.0]
 
 
+def test_sharpness_is_the_variance_of_scipys_laplacian():
+    images = torch.rand(2, 3, 7, 9)
+    inner = [laplace(x.mean(0).double().numpy())[1:-1, 1:-1].var() for x in images]
+    assert value(Sharpness(), images) == pytest.approx(inner, rel=1e-4)
+    checkerboard = (torch.arange(6)[:, None] + torch.arange(6)) % 2
+    assert value(Sharpness(), checkerboard[None, None].float()) == [16.0]
+    blurred = torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, 1, 1)))
+    assert value(Sharpness(), blurred)[0] < 0.1 * inner[0]
+
+
+def test_colourfulness_is_hasler_and_suesstrunks():
+    red, green, blue = PICTURE[0].flatten(1).double().numpy()
+    rg, yb = red - green, (red + green) / 2 - blue
+    expected = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+    assert value(Colourfulness(), PICTURE) == pytest.approx([expected])
+    assert value(Colourfulness(), PICTURE[:, :1].expand(-1, 3, -1, -1)) == pytest.approx([0], abs=1e-5)
+    extreme = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])[None]  # half red, half cyan
+    assert value(Colourfulness(), extreme) == pytest.approx([1.25**0.5])
+
+
+def test_colourfulness_of_a_grey_picture_has_a_finite_gradient():
+    images = torch.full((1, 3, 4, 4), 0.3, requires_grad=True)
+    Colourfulness()(images, [""]).total.sum().backward()
+    assert images.grad is not None
+    assert torch.isfinite(images.grad).all()
+
+
 @pytest.mark.parametrize("reward", DIFFERENTIABLE)
 def test_gradients_match_differences(reward):
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -64,7 +94,7 @@ def test_they_pass_their_own_check(reward):
 
 @pytest.mark.parametrize("reward", [*DIFFERENTIABLE, JPEGSize])
 def test_names_are_what_one_types(reward):
-    assert reward().name in ("brightness", "redness", "contrast", "symmetry", "jpeg_size")
+    assert reward().name in NAMES
     assert reward(name="mine").name == "mine"
 
 
@@ -74,9 +104,15 @@ def test_points_are_no_pictures(reward):
         reward()(torch.rand(3, 2), list("abc"))
 
 
-def test_grey_has_no_redness():
-    with pytest.raises(RewardError, match="'redness' needs pictures of 3 channels, got 1"):
-        Redness()(torch.rand(2, 1, 8, 8), ["", ""])
+@pytest.mark.parametrize("reward", [Redness, Colourfulness])
+def test_grey_has_no_colour(reward):
+    with pytest.raises(RewardError, match=f"'{reward().name}' needs pictures of 3 channels, got 1"):
+        reward()(torch.rand(2, 1, 8, 8), ["", ""])
+
+
+def test_sharpness_needs_inner_pixels():
+    with pytest.raises(RewardError, match=r"at least 3x3 pixels, got \(2, 9\)"):
+        Sharpness()(torch.rand(2, 1, 2, 9), ["", ""])
 
 
 def test_jpeg_size_is_pillows():
