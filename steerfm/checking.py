@@ -21,6 +21,7 @@ SEALED = (
     "steerfm.commands",
     "steerfm.cli",
     "steerfm.reward.load_reward",
+    "steerfm.reward_plugins",
 )
 
 

@@ -88,13 +88,28 @@ def _add_recipe_command(commands: argparse._SubParsersAction, name: str, summary
 
 
 def _add_reward(commands: argparse._SubParsersAction) -> None:
-    reward = commands.add_parser("reward", help="check a reward: steerfm reward check my_rewards:redness")
-    reward.add_argument("action", choices=["check"])
-    reward.add_argument("reward", metavar="MODULE:NAME", help="a function or class, such as my_rewards:redness")
-    reward.add_argument(
+    reward = commands.add_parser("reward", help="list, check or calibrate rewards: steerfm reward check brightness")
+    actions = reward.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_shared(actions.add_parser("list", help="every reward that has a name, shipped, yours or a package's"))
+    check = actions.add_parser("check", help="name what is wrong with one: steerfm reward check my_rewards:redness")
+    _add_reward_name(check)
+    check.add_argument(
         "--pictures", choices=["digits", "shapes", "random"], default="digits", help="what it is tried on"
     )
-    reward.add_argument("--count", type=int, default=8, help="how many pictures (default: 8)")
+    check.add_argument("--count", type=int, default=8, help="how many pictures (default: 8)")
+    calibrate = actions.add_parser(
+        "calibrate",
+        help="measure its mean and spread: steerfm reward calibrate brightness recipe=digits_sample map=runs/digits",
+    )
+    _add_reward_name(calibrate)
+
+
+def _add_reward_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", metavar="NAME", help="a name of the list, my_rewards:redness, or a dotted path")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values of its recipe, as in reward.model=..."
+    )
+    _add_shared(parser)
 
 
 def _add_recipes(commands: argparse._SubParsersAction) -> None:

@@ -1,20 +1,18 @@
-"""Rewards: the contract, sums and scales, loading, and a check that names what is wrong with one.
+"""Rewards: the contract, weighted sums, loading, and a check that names what is wrong with one.
 
 A reward is any callable `(images (B, C, H, W) in [0, 1], prompts, **metadata) -> (B,)`; it scores clean pictures
 (or points (B, d) of two-dimensional data), each on its own, and higher is better. Temperature is no part of it.
+What else can be made of rewards is in reward_algebra; torchmetrics and TRL in reward_adapters.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,28 +21,39 @@ from torch import Tensor, nn
 
 from steerfm.building import resolve
 from steerfm.conditions.pictures import captions_of
-from steerfm.errors import ConfigError, RewardError, nearest
+from steerfm.errors import ConfigError, RewardError
+from steerfm.reward_plugins import import_typed, plugged_in
 from steerfm.types import Values
 
 BOTH = ("images", "prompts")
 
 
 class Scores(NamedTuple):
-    """Hold what a reward says of a batch: `total` (B,), and `parts`, the unweighted values (B,) by part name."""
+    """Hold what a reward says of a batch: `total` (B,), finite, and `parts`, each part's own values (B,) by its name.
+
+    Parts are as their reward gave them: unweighted, not clipped, of their own sign, NaN where they abstained.
+    """
 
     total: Values
     parts: dict[str, Values]
 
 
 class Reward(nn.Module):
-    """Score pictures: override `score`, and `differentiable` where there is no gradient to the pictures.
+    """Score pictures: override `score`, and declare what differs from the defaults.
 
-    Modules and parameters are frozen as they are assigned (no parameter gradients, evaluation mode) unless the
-    class says `frozen = False`; gradients flow to the pictures only. `a + b`, `0.3 * a` and `-a` make sums.
+    differentiable: has a gradient to the pictures. higher_is_better: if not, totals are the negated values.
+    needs_prompt: an empty prompt is refused. native_range: the least and greatest value on pictures in [0, 1],
+    None where there is none; `steerfm reward check` holds a reward to it. abstains: NaN says "no opinion" (an error
+    otherwise), which adds nothing to a sum. frozen: modules and parameters take no gradients and are in evaluation
+    mode as they are assigned; gradients flow to the pictures only. `a + b`, `0.3 * a` and `-a` make sums.
     """
 
     name: str = ""
     differentiable: bool = True
+    higher_is_better: bool = True
+    needs_prompt: bool = False
+    native_range: tuple[float, float] | None = None
+    abstains: bool = False
     frozen: bool = True
 
     def __init__(self, name: str | None = None) -> None:
@@ -55,25 +64,56 @@ class Reward(nn.Module):
         """Return one value a sample, (B,); images are (B, C, H, W) in [0, 1], prompts B strings."""
         raise NotImplementedError(f"{type(self).__name__} needs a method score(self, images, prompts, **metadata).")
 
+    @property
+    def members(self) -> list[Reward]:
+        """The rewards that this one is made of and whose parts it hands on; none for most."""
+        return []
+
     def forward(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
         """Score a batch and check the result. Raises RewardError that names the reward and the sample.
 
         Of a prompt "caption @ picture.png", which tells the map what to look at, only the caption is scored.
+        Where every part abstains the total is zero.
         """
         _check_prompts(self.name, images, prompts)
-        images, prompts = _full(images), captions_of(prompts)
-        values = _checked(self.score(images, prompts, **metadata), self.name, len(images))
+        total, parts = self.evaluate(_full(images), captions_of(prompts), **metadata)
+        return Scores(silent_as_zero(total), parts)
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
+        """Score as `forward` does inside a larger reward: the total is NaN where nothing has an opinion."""
+        self._check_needed(prompts)
+        values = checked(self.score(images, prompts, **metadata), self.name, len(images), self.abstains)
         wants_gradient = self.differentiable and images.requires_grad and torch.is_grad_enabled()
         if wants_gradient and not values.requires_grad:
             raise RewardError(
                 f"'{self.name}' gave values without a gradient: it detaches or rounds its pictures. Keep to "
                 "differentiable tensor code, or declare differentiable = False and use a method that needs none."
             )
-        return Scores(values, {self.name: values})
+        return Scores(values if self.higher_is_better else -values, {self.name: values})
+
+    def clip(self, low: float | None = None, high: float | None = None) -> Reward:
+        """Return this reward held within [low, high], without gradient beyond: nothing is gained there any more."""
+        from steerfm.reward_algebra import Clipped
+
+        return Clipped(self, low, high)
+
+    def normalised(self, mean: float, std: float) -> Reward:
+        """Return (reward - mean) / std, as `steerfm reward calibrate` prints it, so that parts can be weighed."""
+        from steerfm.reward_algebra import Normalised
+
+        return Normalised(self, mean, std)
 
     def train(self, mode: bool = True) -> Reward:
         """Stay in evaluation mode while frozen, whoever calls."""
         return super().train(mode and not self.frozen)
+
+    def _check_needed(self, prompts: Sequence[str]) -> None:
+        empty = [i for i in range(len(prompts)) if not prompts[i].strip()] if self.needs_prompt else []
+        if empty:
+            raise RewardError(
+                f"'{self.name}' compares pictures with their prompts, and that of sample {empty[0]} is empty: give "
+                "prompts, or fix one for the reward where it has such an option."
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.frozen and isinstance(value, (nn.Module, nn.Parameter)):
@@ -99,12 +139,15 @@ class Reward(nn.Module):
         return self + -as_reward(other)
 
 
+DECLARED = ("differentiable", "higher_is_better", "needs_prompt", "native_range", "abstains")
+
+
 class FunctionReward(Reward):
     """Wrap any callable or nn.Module; it is given the pictures, the prompts and the metadata that it takes.
 
     What it takes is decided once, from its signature: arguments called `images` and `prompts` by name, in any
     order, else the first two that have no default, by place; a callable of one argument gets the pictures alone.
-    Lists and arrays are made tensors.
+    Lists and arrays are made tensors. Attributes of its own, such as `differentiable`, declare what a class would.
     """
 
     def __init__(
@@ -112,8 +155,10 @@ class FunctionReward(Reward):
     ) -> None:
         super().__init__(name or _name_of(function))
         self.function = function
-        declared = getattr(function, "differentiable", True)
-        self.differentiable = bool(declared) if differentiable is None else differentiable
+        for declared in DECLARED:
+            setattr(self, declared, getattr(function, declared, getattr(Reward, declared)))
+        if differentiable is not None:
+            self.differentiable = differentiable
         self._takes = _Takes.of(function, self.name)
 
     def score(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Values:
@@ -132,6 +177,7 @@ class WeightedSum(Reward):
 
     Differentiable if all parts of a weight other than zero are. A reward that appears twice has its weights
     added; two different rewards of one name are refused, since they could not be told apart in the logs.
+    A part that abstains adds zero, as in TRL: normalise it, so that zero is its mean.
     """
 
     frozen = False  # every part looks after itself
@@ -142,25 +188,31 @@ class WeightedSum(Reward):
             weights[part] = weights.get(part, 0.0) + _checked_weight(weight, part.name)
         if not weights:
             raise ConfigError("A sum of rewards needs at least one of them.")
-        names = [part.name for part in weights]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"Two rewards of a sum are called '{twice}': give one of them another name=.")
         super().__init__(" + ".join(f"{weight:g} * {part.name}" for part, weight in weights.items()))
         self.parts = nn.ModuleList(weights)
         self.weights = tuple(weights.values())
         self.differentiable = all(part.differentiable for part, weight in weights.items() if weight != 0)
+        self.needs_prompt = any(part.needs_prompt for part in weights)
+        refuse_twins(self)
 
-    def forward(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
+    def evaluate(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
         """Score a batch with every part; each part's result is checked on its own."""
-        values = [part(images, prompts, **metadata).total for part in self.parts]
-        total = sum(weight * value for weight, value in zip(self.weights, values, strict=True))
-        return Scores(_checked(total, self.name, len(images)), dict(zip(self.names, values, strict=True)))
+        scores = [part.evaluate(images, prompts, **metadata) for part in self.members]
+        weighted = [w * silent_as_zero(each.total) for w, each in zip(self.weights, scores, strict=True)]
+        silent = torch.stack([each.total.isnan() for each in scores]).all(0)
+        total = checked(sum(weighted), self.name, len(images))
+        parts = {name: values for each in scores for name, values in each.parts.items()}
+        return Scores(total.masked_fill(silent, torch.nan) if silent.any() else total, parts)
+
+    @property
+    def members(self) -> list[Reward]:
+        """The rewards that are added."""
+        return [part for part in self.parts if isinstance(part, Reward)]
 
     @property
     def names(self) -> list[str]:
-        """The names of the parts, in order."""
-        return [part.name for part in parts_of(self)]
+        """The names of what is added, in order."""
+        return [part.name for part in self.members]
 
 
 def freeze(module: nn.Module | nn.Parameter) -> None:
@@ -176,12 +228,16 @@ def freeze(module: nn.Module | nn.Parameter) -> None:
 
 
 def as_reward(obj: Any, name: str | None = None) -> Reward:
-    """Return `obj` if it is a Reward, else wrap it: any nn.Module (which is frozen) or callable.
+    """Return `obj` if it is a Reward, else wrap it: any nn.Module (which is frozen), torchmetrics metric or callable.
 
     Raises ConfigError for anything that cannot be called, or a class that was not made an instance.
     """
     if isinstance(obj, Reward):
         return obj
+    if any(cls.__module__.startswith("torchmetrics.") for cls in type(obj).__mro__):
+        from steerfm.reward_adapters import TorchMetric
+
+        return TorchMetric(obj, name=name)
     if inspect.isclass(obj) or not callable(obj):
         fix = f"write {obj.__name__}(...)" if inspect.isclass(obj) else "pass a function (images, prompts) -> (B,)"
         raise ConfigError(f"A reward is a callable, got {obj!r}: {fix}.")
@@ -189,13 +245,17 @@ def as_reward(obj: Any, name: str | None = None) -> Reward:
 
 
 def load_reward(spec: str, trusted: Sequence[str] = ()) -> Reward:
-    """Return the reward that `spec` names: "module:function" or a dotted path such as "steerfm.rewards.clip.CLIPScore".
+    """Return the reward that `spec` names: "module:function", a dotted path such as "steerfm.rewards.clip.CLIPScore",
+    or the name under which an installed package offers one (`reward_plugins.plugins`).
 
-    A module before a colon was typed by the user and is trusted by that; the current directory is importable.
-    Dotted paths follow the trust rule of `building.resolve`. Classes are made without arguments.
-    Raises ConfigError (nothing of that name, a class that needs arguments) or TrustError.
+    A module before a colon was typed by the user and is trusted by that; the current directory is importable. So
+    is the name of a plug-in. Dotted paths follow the trust rule of `building.resolve`. Classes are made without
+    arguments. Raises ConfigError (nothing of that name, a class that needs arguments) or TrustError.
     """
-    found = _import_typed(*spec.split(":", 1)) if ":" in spec else resolve(spec, trusted)
+    if ":" in spec:
+        found = import_typed(*spec.split(":", 1))
+    else:
+        found = resolve(spec, trusted) if "." in spec else plugged_in(spec)
     if not inspect.isclass(found):
         return as_reward(found)
     try:
@@ -228,36 +288,30 @@ def check(reward: Any, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
 
 
 def parts_of(reward: Reward) -> list[Reward]:
-    """Return the rewards of a sum, or the reward alone."""
-    return [part for _, part in _terms(reward)]
+    """Return the rewards that score: those inside sums, ensembles and wrappers, each once; else the reward alone."""
+    if not reward.members:
+        return [reward]
+    return list(dict.fromkeys(part for member in reward.members for part in parts_of(member)))
+
+
+def refuse_twins(reward: Reward) -> None:
+    """Raise ConfigError where two different parts of a reward have one name: logs could not tell them apart."""
+    names = [part.name for part in parts_of(reward)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"Two rewards of a sum are called '{twice[0]}': give one of them another name=.")
+
+
+def silent_as_zero(values: Values) -> Values:
+    """Return the values with zero, and a gradient of zero, where they are NaN."""
+    silent = values.isnan()
+    return torch.where(silent, 0.0, values) if silent.any() else values
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
     if not isinstance(reward, WeightedSum):
         return [(1.0, reward)]
-    return [
-        (weight, part) for weight, part in zip(reward.weights, reward.parts, strict=True) if isinstance(part, Reward)
-    ]
-
-
-def _import_typed(module_name: str, path: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()  # the file may have been written a moment ago
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.split(".")[0]:
-            raise ConfigError(f"'{module_name}' imports '{error.name}', which is not installed.") from error
-        raise ConfigError(f"No module '{module_name}' in {here} or among the installed packages.") from error
-    except ImportError as error:
-        raise ConfigError(f"'{module_name}' cannot be imported: {error}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise ConfigError(f"'{module_name}' has no '{name}'{nearest(name, vars(found))}")
-        found = getattr(found, name)
-    return found
+    return list(zip(reward.weights, reward.members, strict=True))
 
 
 @dataclass(frozen=True)
@@ -286,7 +340,10 @@ class _Takes:
         elif inspect.Parameter.VAR_POSITIONAL in kinds:
             by_place = BOTH
         elif not places or places[0].name == "prompts":
-            raise ConfigError(f"'{owner}' takes no pictures: write it as (images, prompts) -> (B,) values.")
+            fix = "write it as (images, prompts) -> (B,) values"
+            if "completions" in parameters:
+                fix = "it is a reward function of TRL, so wrap it in steerfm.reward_adapters.FromTRL"
+            raise ConfigError(f"'{owner}' takes no pictures: {fix}.")
         used = {*by_name, *(p.name for p in places[: len(by_place)])}
         metadata = tuple(name for name in named if name not in used)
         required = tuple(name for name in metadata if parameters[name].default is inspect.Parameter.empty)
@@ -305,7 +362,7 @@ def _check_prompts(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         raise RewardError(f"'{name}' got {len(images)} pictures and {len(prompts)} prompts: pass one prompt a picture.")
 
 
-def _checked(values: Any, name: str, count: int) -> Tensor:
+def checked(values: Any, name: str, count: int, may_abstain: bool = False) -> Tensor:
     """Return the values in at least float32. Raises RewardError for a wrong type or shape, or a value not finite."""
     if not isinstance(values, Tensor):
         raise RewardError(f"'{name}' must return a tensor of shape ({count},), got {type(values).__name__}.")
@@ -318,12 +375,13 @@ def _checked(values: Any, name: str, count: int) -> Tensor:
         raise RewardError(f"'{name}' must return the shape ({count},), got {tuple(values.shape)}: {fix}.")
     if not values.is_floating_point():
         raise RewardError(f"'{name}' must return floating-point values, got {values.dtype}: add .float().")
-    finite = torch.isfinite(values)
-    if not finite.all():
-        index = int(torch.nonzero(~finite)[0, 0])
+    wrong = values.isinf() if may_abstain else ~values.isfinite()
+    if wrong.any():
+        index = int(torch.nonzero(wrong)[0, 0])
         raise RewardError(
             f"'{name}' gave {values[index].item()} for sample {index}: a reward must be finite for every picture; "
-            "look for a division by zero, a logarithm of zero or an overflow in it."
+            "look for a division by zero, a logarithm of zero or an overflow in it (NaN for no opinion is declared "
+            "with abstains = True)."
         )
     return _full(values)
 

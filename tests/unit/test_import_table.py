@@ -33,7 +33,10 @@ SPLIT_FROM = {
     "provenance": "runs",
     "records": "runs",
     "checking": "config",
+    "reward_adapters": "reward",
+    "reward_algebra": "reward",
     "reward_check": "reward",
+    "reward_plugins": "reward",
     "shape_captions": "shapes",
     "shape_edits": "shapes",
 }

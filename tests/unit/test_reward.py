@@ -432,6 +432,50 @@ def constant_parameter(images, prompts):
     return torch.ones(len(images), requires_grad=True) * len(images)
 
 
+def declares(**declared):
+    """Return a decorator that gives a function attributes."""
+
+    def give(function):
+        for name, value in declared.items():
+            setattr(function, name, value)
+        return function
+
+    return give
+
+
+def wrong_slope(images, prompts):
+    """Give a gradient that is half too large."""
+    values = images.mean((1, 2, 3))
+    return values + 0.5 * (values - values.detach())
+
+
+@declares(native_range=(0.0, 1.0))
+def beyond(images, prompts):
+    return 2 * images.mean((1, 2, 3)) + 0.5
+
+
+@declares(needs_prompt=True)
+def deaf(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def in_fours(images, prompts):
+    """Score no more than four pictures rightly."""
+    values = images.mean((1, 2, 3))
+    return torch.cat([values[:4], values[4:] * 0.5])
+
+
+def by_spread(images, prompts):
+    """Divide by the spread of the pixels, which a flat picture lacks."""
+    centred = images - images.mean((1, 2, 3), keepdim=True)
+    return centred[:, 0].mean((1, 2)) / centred.square().mean((1, 2, 3)).sqrt()
+
+
+@declares(abstains=True)
+def at_random_silent(images, prompts):
+    return torch.where(torch.rand(len(images)) > 0.5, torch.nan, images.mean((1, 2, 3)))
+
+
 GALLERY = [
     (lambda images, prompts: images.mean((2, 3)), {"contract"}, "got (4, 3)"),
     (lambda images, prompts: images.mean((1, 2, 3)).long(), {"contract"}, "floating-point"),
@@ -439,15 +483,20 @@ GALLERY = [
     (lambda images, prompts: images[:, 7], {"contract"}, "fails with IndexError"),
     (in_place, {"in place"}, "images.clone()"),
     (batch_normalised, {"neighbours", "gradient leak"}, "alone"),
-    (by_place, {"neighbours", "order"}, "another order"),
-    (random, {"repeatable", "neighbours", "order"}, "it is random"),
+    (by_place, {"neighbours", "order", "larger batch"}, "another order"),
+    (random, {"repeatable", "neighbours", "order", "larger batch"}, "it is random"),
     (squeezing, {"batch of one"}, "squeeze(1)"),
     (detached, {"gradient"}, "detaches or rounds"),
     (rounded, {"gradient"}, "zero everywhere"),
     (numpyed, {"gradient"}, "requires grad"),
     (infinite_slope, {"gradient"}, "not finite"),
     (other_gradient, {"gradient leak"}, "within its sample"),
-    (constant_parameter, {"neighbours", "gradient"}, "none that reaches its pictures"),
+    (wrong_slope, {"finite difference"}, "its values do not follow"),
+    (beyond, {"range"}, "declares the range [0, 1] and gives sample 0"),
+    (deaf, {"prompts"}, "declares needs_prompt and gives the same scores"),
+    (in_fours, {"larger batch"}, "in a batch of 4 and"),
+    (by_spread, {"flat pictures"}, "black pictures"),
+    (constant_parameter, {"neighbours", "larger batch", "gradient"}, "none that reaches its pictures"),
 ]
 
 
@@ -458,6 +507,14 @@ def test_the_check_names_what_is_wrong(function, subjects, said):
     assert {finding.subject for finding in faults} == subjects
     assert {finding.part for finding in faults} == {"broken"}
     assert any(said in finding.message for finding in faults), faults
+
+
+def test_silence_by_chance_is_found_and_silence_by_rule_is_not():
+    (repeatable,) = (f for f in check(at_random_silent, IMAGES, PROMPTS) if f.subject == "repeatable")
+    assert "nan" in repeatable.message
+    dark = declares(abstains=True)(lambda images: torch.where((x := images.mean((1, 2, 3))) < 0.5, torch.nan, x))
+    assert 0 < int(total(dark).eq(0).sum()) < 4
+    assert not any(finding.fault for finding in check(dark, IMAGES, PROMPTS))
 
 
 def test_a_sound_reward_has_no_findings():
