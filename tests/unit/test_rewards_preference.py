@@ -527,11 +527,13 @@ def test_checkpoints_that_hold_code_are_not_run(own: Path, clip: Path, tmp_path:
 
 
 def test_an_empty_tokenizer_is_refused(own: Path):
-    """With its files missing, transformers makes a tokenizer of a few tokens and says nothing."""
-    for name in ("tokenizer.json", "merges.txt"):
-        (own / name).unlink(missing_ok=True)
+    """transformers makes a tokenizer of a few tokens from such files and says nothing."""
+    (own / "tokenizer.json").unlink()
     (own / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
-    with pytest.raises(RewardError, match=r"tokenizer"):
+    with pytest.raises(RewardError, match=r"clip cannot be loaded .*merges"):
+        PickScore(own)
+    (own / "merges.txt").write_text("#version: 0.2")
+    with pytest.raises(RewardError, match=r"The tokenizer of '.*clip' knows 2 tokens and the model 514: its files are"):
         PickScore(own)
 
 
