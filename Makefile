@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 IN_RANGE   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint demo bench zoo constraints clean
+.PHONY: help install test lint demo bench parity zoo constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -54,6 +54,13 @@ lint: $(STAMP)  ## formatting, style, types, and who may import whom
 
 bench: $(STAMP)  ## speed and quality, one table a script
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+PARITY := .venv-image-reward
+
+parity: $(STAMP)  ## ImageReward against the original package, which needs an environment of its own (7 GB)
+	$(BIN)/uv venv --quiet --allow-existing --python 3.11 $(PARITY)
+	$(BIN)/uv pip install --python $(PARITY)/bin/python -r benchmarks/parity/image_reward/requirements.txt
+	$(BIN)/python benchmarks/parity/image_reward/compare.py --python $(PARITY)/bin/python
 
 zoo: $(STAMP)  ## train, measure and replace the models that ship with the package (two hours)
 	$(BIN)/steerfm train recipe=shapes_clip name=zoo_clip

@@ -76,7 +76,7 @@ def test_other_environments_stay_out(tmp_path: Path):
     assert "[]" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", ["install", "test", "lint", "demo", "bench", "zoo", "clean"])
+@pytest.mark.parametrize("target", ["install", "test", "lint", "demo", "bench", "parity", "zoo", "clean"])
 def test_help_lists_the_target(target: str):
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"  make {target} " in done.stdout
