@@ -70,7 +70,13 @@ EULER_STEPS = {"flow_matching", "reflow"}  # they learn a velocity, and no jumps
 RENOISED = {"ct", "cd", "facm", "ict", "ect", "scm", "add", "dmd"}  # they learn jumps to data, t = 0, alone
 FROM_NOISE = {"free_flow", "pid"}  # they learn jumps from noise, s = 1, alone: one is all they make
 JUDGED = {"fmm": 4}  # at how many jumps a map has to be good that does not reach as far as one
-SEEDS = {"lsd": 3, "psd": 3, "mean_flow": 3, "improved_mean_flow": 3, "esd": 3}  # one of the rest
+SEEDS = {
+    "lsd": 3,
+    "psd": 3,
+    "mean_flow": 3,
+    "improved_mean_flow": 3,
+    "esd": 3,
+}  # one of the rest, and of all in a trial
 
 COUNTS = (1, 2, 4, 8, 16)  # jumps or steps
 EULER = 1.18  # KL of flow matching in four Euler steps
@@ -141,8 +147,7 @@ def start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
@@ -207,8 +212,7 @@ def measure(flow_map: FlowMap, name: str, n: int) -> Figures:
 def relative_cost(recipe: Composed, reference: Composed, rounds: int) -> float:
     """Return the seconds a step of a trained recipe over those of the reference, in alternating rounds."""
     checkpoint = last_good(Run.open(Path(recipe.values["folder"]) / recipe.values["name"]))
-    ratios = [seconds_a_step(recipe, checkpoint) / seconds_a_step(reference) for _ in range(rounds)]
-    return statistics.median(ratios)
+    return statistics.median(seconds_a_step(recipe, checkpoint) / seconds_a_step(reference) for _ in range(rounds))
 
 
 def seconds_a_step(recipe: Composed, checkpoint: Path | None = None) -> float:
@@ -230,13 +234,13 @@ def learn_all(names: Sequence[str], options: Options, jobs: int) -> tuple[Found,
         for wave in in_order(names):
             ready = [name for name in wave if teacher_of(name) in (None, *found)]
             failed += [f"FAILED  {name}: its teacher is missing." for name in wave if name not in ready]
-            tasks = [(name, seed) for name in ready for seed in range(SEEDS.get(name, 1))]
+            seeds = SEEDS if options.steps is None else {}
+            tasks = [(name, seed) for name in ready for seed in range(seeds.get(name, 1))]
             futures = {pool.submit(learn, *task, options): task for task in tasks}
             for future in as_completed(futures):
                 name, seed = futures[future]
                 try:
-                    figures = future.result()
-                    found.setdefault(name, []).append(figures)
+                    found[name] = [*found.get(name, []), future.result()]
                 except Exception as error:  # one method's fault must not cost the others their hours
                     failed.append(f"FAILED  {name}, seed {seed}: {type(error).__name__}: {error}")
     return {name: found[name] for name in METHODS if name in found}, failed
@@ -328,8 +332,7 @@ def main() -> None:
     options = FAST if fast else Options("runs/landscape")
     if steps:
         options = replace(options, folder=f"{options.folder}_{steps}", steps=steps, samples=FAST.samples)
-    if arguments.folder:
-        options = replace(options, folder=arguments.folder)
+    options = replace(options, folder=arguments.folder or options.folder)
     found, lines = learn_all(["flow_matching", *names] if fast else names, options, arguments.jobs)
     show(found, options.samples)
     if arguments.write:
