@@ -86,7 +86,7 @@ class ImageReward(Reward):
         super().__init__(name)
         if prompt is not None and not isinstance(prompt, str):
             raise RewardError(f"'{self.name}' fixes one prompt for all pictures, got {type(prompt).__name__}.")
-        self.prompt = prompt
+        self.prompt, self.needs_prompt = prompt, prompt is None
         self.model: Any = load(model, vision_layers, cache_dir)
         if tokenizer is None:
             tokenizer = model if Path(model).expanduser().exists() else BERT

@@ -64,7 +64,7 @@ def test_padding_is_cut_to_the_longest_text(reward):
 
 def test_scores_are_the_originals(reward, original):
     with torch.no_grad():
-        ours = torch.cat([reward(x[None], [p]).total for x, p in zip(PICTURES, PROMPTS, strict=True)])
+        ours = torch.cat([reward.score(x[None], [p]) for x, p in zip(PICTURES, PROMPTS, strict=True)])
     gap = (ours - original["scores"]).abs()
     assert original["scores"].std() > 0.5  # the test would see pictures or prompts mixed up
     assert gap[:UNRESIZED].max() <= 1e-5
@@ -73,7 +73,7 @@ def test_scores_are_the_originals(reward, original):
 
 def test_gradients_are_the_originals(reward, original):
     leaf = torch.stack(PICTURES[:UNRESIZED]).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(reward(leaf, PROMPTS[:UNRESIZED]).total.sum(), leaf)
+    (gradient,) = torch.autograd.grad(reward.score(leaf, PROMPTS[:UNRESIZED]).sum(), leaf)
     theirs = original["gradients"]
     gap = (functional.avg_pool2d(gradient, 224 // theirs.shape[-1]) - theirs).abs().amax((1, 2, 3))
     assert (gap <= 1e-4 * theirs.abs().amax((1, 2, 3))).all()
@@ -111,7 +111,7 @@ def test_the_gradient_is_the_slope(reward):
 
 
 def test_it_passes_the_check(reward):
-    assert check(reward, torch.stack([tiny.natural((3, 40, 56), seed) for seed in range(4)]), PROMPTS[:4]) == []
+    assert check(reward, torch.stack([tiny.natural((3, 40, 56), seed) for seed in range(4)]), PROMPTS[4:8]) == []
 
 
 def test_one_prompt_for_all(folder, reward):
@@ -120,6 +120,11 @@ def test_one_prompt_for_all(folder, reward):
     assert torch.equal(fixed(images, ["", "", ""]).total, reward(images, ["a red circle"] * 3).total)
     with pytest.raises(RewardError, match="fixes one prompt for all pictures, got list"):
         made(folder, prompt=["a"])
+
+
+def test_no_prompt_is_refused_where_none_is_fixed(reward):
+    with pytest.raises(RewardError, match=r"'image_reward'.*prompt"):
+        reward(torch.stack(PICTURES[:2]), ["a", ""])
 
 
 def test_autocast_does_not_blur_the_score(reward):
