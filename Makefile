@@ -52,7 +52,7 @@ lint: $(STAMP)  ## formatting, style, types, and who may import whom
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q tests/unit/test_import_table.py
 
-bench: $(STAMP)  ## speed and quality, one table a script
+bench: $(STAMP)  ## speed and quality, one table a script (hours; each can be run alone)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 PARITY := .venv-image-reward
