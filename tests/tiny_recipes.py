@@ -52,8 +52,10 @@ def tiny(name: str, *more: str) -> list[str]:
         chosen.append("trainer.val_check_interval=2")
     needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
     chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
-    if not find(values, "teacher") and find(values, "objective.teacher.path"):
-        chosen.append(f"objective.teacher.path=runs/{'digits' if 'digits' in name else 'moons'}")
+    if "teacher" not in values and "'???'" in str(values.get("objective")):
+        chosen.append(f"objective.teacher.path=runs/{name}")
+    if "teacher" not in values and "${teacher}" in str(values.get("objective")):
+        chosen.append(f"+teacher=runs/{name}")
     return [COMMANDS[name], f"recipe={name}", f"name={name}", *chosen, *more]
 
 
