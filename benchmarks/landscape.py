@@ -90,7 +90,7 @@ LIMITS = {
 WARM_UP, TIMED = 5, 25  # steps of a round of the stopwatch
 BATCH = 4000  # samples at once, of one seed
 HEADINGS = ["rule", "method", *map(str, COUNTS), "off support", "defect", "cost", "cited (passes)"]
-console = Console()
+console = Console(width=None if os.isatty(1) else 160)  # a file takes the whole table
 
 Figures = dict[str, Any]  # of one method and one seed
 Found = dict[str, list[Figures]]  # by method, one entry a seed
@@ -252,7 +252,7 @@ def divergence(figures: list[Figures], count: int) -> float:
 
 
 def judge(found: Found, euler_kl: float, in_full: bool) -> list[str]:
-    """Return a line on whether each figure is at most that of four Euler steps, and in full what issue 4 asks."""
+    """Return a line on whether each figure is at most that of four Euler steps, and in full whether the bounds hold."""
     lines = []
     for name, figures in found.items():
         if name not in EULER_STEPS:
