@@ -57,7 +57,7 @@ bench: $(STAMP)  ## speed and quality, one table a script (hours; each can be ru
 
 PARITY := .venv-image-reward
 
-parity: $(STAMP)  ## ImageReward against the original package, which needs an environment of its own (7 GB)
+parity: $(STAMP)  ## ImageReward against the original package, which needs an environment of its own (5 GB)
 	$(BIN)/uv venv --quiet --allow-existing --python 3.11 $(PARITY)
 	$(BIN)/uv pip install --python $(PARITY)/bin/python -r benchmarks/parity/image_reward/requirements.txt
 	$(BIN)/python benchmarks/parity/image_reward/compare.py --python $(PARITY)/bin/python

@@ -34,9 +34,9 @@ def directional_derivative(
     """Return `function(*primals)` and its derivative along `tangents`, both of the function's shape.
 
     method: "forward" (exact, one pass) or "central" ((f(p + h d) - f(p - h d)) / 2h, error of order h^2, two
-    more passes, works through every layer and under torch.compile). step: h. Gradients flow through both
-    results. Autocast is off inside: a difference of two bfloat16 numbers is mostly rounding. Raises
-    DerivativeError, naming the layer of `network`, where forward mode alone is impossible.
+    more passes, works through every layer). step: h. Gradients flow through both results. Autocast is off inside: a
+    difference of two bfloat16 numbers is mostly rounding. Raises DerivativeError, naming the layer of `network`,
+    where forward mode alone is impossible.
     """
     check_derivative(method, step)
     with torch.autocast(primals[0].device.type, enabled=False):
@@ -80,9 +80,7 @@ def _forward(
 @contextlib.contextmanager
 def _forward_mode() -> Iterator[None]:
     """Choose what has a forward mode, and a right gradient through it, inside the block."""
-    # Under torch.compile nothing goes back through a tangent: that does not compile at all.
-    norms = contextlib.nullcontext() if torch.compiler.is_compiling() else _PlainNorms()
-    with sdpa_kernel(SDPBackend.MATH), norms:
+    with sdpa_kernel(SDPBackend.MATH), _PlainNorms():
         yield
 
 

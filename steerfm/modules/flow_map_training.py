@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from steerfm.conditions.guidance import with_scale
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest, configure, require_finite, save_averaged, step_generator
+from steerfm.modules.compiling import Compiler, name_of
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.teachers import Following, parts_of
@@ -36,9 +38,11 @@ class FlowMapTraining(lightning.LightningModule):
     minimised. flow_matching_steps: at first all rows are on the diagonal, for so many steps.
     prompt_dropout: share of prompts replaced by the null condition, so that the map also samples freely.
     guidance: scale of classifier-free guidance that the map learns, as `flow_matching` says, once
-    flow_matching_steps are over; 1 is none. It needs prompt_dropout.
+    flow_matching_steps are over; 1 is none. (low, high): each row learns a scale between them, drawn evenly in its
+    logarithm, and a network built with guidance_input reads it. It needs prompt_dropout.
     optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
-    in training, which depends on (seed, step, process) alone.
+    in training, which depends on (seed, step, process) alone. compile: work the losses out by torch.compile, in
+    training alone; what it cannot do, or does wrong, runs as it is, and a log line says so.
     """
 
     def __init__(
@@ -51,19 +55,31 @@ class FlowMapTraining(lightning.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         flow_matching_steps: int = 0,
         prompt_dropout: float = 0.1,
-        guidance: float = 1.0,
+        guidance: float | Sequence[float] = 1.0,
         seed: int = 0,
         diagonal: Objective | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
-        if guidance < 1 or (guidance > 1 and (prompt_dropout == 0 or flow_map.conditioner is None)):
+        scales = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
+        told, guided = getattr(flow_map.network, "guidance_input", False), max(scales) > 1
+        free = prompt_dropout > 0 and flow_map.conditioner is not None
+        if len(scales) != 2 or not 1 <= scales[0] <= scales[1] or (guided and not free):
             raise ConfigError(
-                f"guidance is 1 or more, and above 1 it needs a conditioner and prompt_dropout above 0: got {guidance}."
+                "guidance is 1 or more, or (low, high) in that order, and above 1 it needs a conditioner and "
+                f"prompt_dropout above 0: got {guidance}."
             )
-        if diagonal is not None and guidance > 1:
+        if scales[0] < scales[1] and not told:
+            raise ConfigError(f"guidance={guidance} needs a network built with guidance_input=True: or give one scale.")
+        if diagonal is not None and guided and not told:
             raise ConfigError("guidance is learnt by flow matching: with a diagonal of your own, guide its teacher.")
+        if guided and getattr(objective, "velocity", None) == "tangent":
+            raise ConfigError(
+                f"guidance={guidance} is learnt on the diagonal, and the tangent that {type(objective).__name__} takes "
+                "is not guided: use velocity='self', or another rule."
+            )
         self.flow_map = flow_map.train()
         self.objective = objective or Lagrangian()
         self.times = times or Triangle()
@@ -79,8 +95,9 @@ class FlowMapTraining(lightning.LightningModule):
         self.scheduler = scheduler
         self.flow_matching_steps = flow_matching_steps
         self.prompt_dropout = prompt_dropout
-        self.guidance = guidance
+        self.guidance = scales
         self.seed = seed
+        self._compiler = Compiler(self.parameters) if compile else None
         self._followed = 0  # the optimiser step up to which the companions have followed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -119,6 +136,8 @@ class FlowMapTraining(lightning.LightningModule):
         if diagonal_only:
             t = s = self.times.one(len(x0), generator).to(x0)
         condition = self._condition(batch["prompt"], generator)
+        if condition is not None and getattr(flow_map.network, "guidance_input", False) and not self._starting:
+            condition = self._with_scales(condition, generator)
         losses = []
         if rows:
             on = slice(rows)
@@ -127,17 +146,29 @@ class FlowMapTraining(lightning.LightningModule):
         if rows < len(x0):
             off = slice(rows, None)
             inputs = (flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off))
-            losses.append(self.objective(*inputs, generator, self.global_step))
-            require_finite(losses[-1], _name(self.objective), self.global_step, s[off], t[off])
+            losses.append(self._run(self.objective, *inputs, generator, self.global_step))
+            require_finite(losses[-1], name_of(self.objective), self.global_step, s[off], t[off])
         return torch.cat(losses), s, t
 
     def _on_diagonal(
         self, flow_map: FlowMap, x0: State, x1: State, t: Times, condition: Condition | None, generator: torch.Generator
     ) -> Values:
         if self.diagonal is not None:
-            return self.diagonal(flow_map, x0, x1, t, t, condition, generator, self.global_step)
-        learning = self.global_step < self.flow_matching_steps
-        return flow_matching(flow_map, x0, x1, t, condition, 1.0 if learning else self.guidance)
+            return self._run(self.diagonal, flow_map, x0, x1, t, t, condition, generator, self.global_step)
+        return self._run(flow_matching, flow_map, x0, x1, t, condition, 1.0 if self._starting else self.guidance[0])
+
+    @property
+    def _starting(self) -> bool:
+        return self.global_step < self.flow_matching_steps
+
+    def _with_scales(self, condition: Condition, generator: torch.Generator) -> Condition:
+        low, high = self.guidance
+        return with_scale(condition, low * (high / low) ** torch.rand(len(condition), generator=generator))
+
+    def _run(self, function: Objective, *arguments: Any) -> Values:
+        if self._compiler is None or not self.training:  # validation has shapes of its own, and few batches
+            return function(*arguments)
+        return self._compiler(function, *arguments)
 
     def _condition(self, prompts: list[str], generator: torch.Generator) -> Condition | None:
         condition = self.flow_map.encode_prompts(prompts)
@@ -156,10 +187,6 @@ class FlowMapTraining(lightning.LightningModule):
     def save(self, folder: str | Path) -> Path:
         """Write the flow map into `folder`, with EMA weights where the trainer averages."""
         return save_averaged(self, self.flow_map, folder)
-
-
-def _name(objective: Objective) -> str:
-    return getattr(objective, "__name__", type(objective).__name__)
 
 
 def _rows(condition: Condition | None, rows: slice) -> Condition | None:

@@ -1,6 +1,6 @@
 """ImageReward here against the original package: tokens, scores and pixel gradients of a small random model.
 
-    make parity                                       two CPU cores, 3 min, most of it the installation (7 GB)
+    make parity                                       two CPU cores, 3 min, most of it the installation (5 GB)
 
 Pictures of 224 pixels need no resizing: there both should agree to rounding. On others the original resizes in
 whole levels of 1/255, which shows. --store writes tests/data/image_reward.json, which the tests compare with.
