@@ -39,8 +39,11 @@ import tiny_image_reward as tiny
 
 import steerfm.rewards
 from steerfm.errors import SteerfmError
+from steerfm.images import resize
 from steerfm.reward import Reward
 from steerfm.rewards.image_reward import MEAN, PREPROCESSING, STD, TOKENS, ImageReward
+from steerfm.rewards.inverse import CompressedSensing, Downsampling, GaussianBlur, Mask, Measurement
+from steerfm.rewards.similarity import SSIM
 from steerfm.shapes import render, sample_scene
 
 SIDE = 64
@@ -105,6 +108,14 @@ def batches_against_pillow(count: int, size: int, rounds: int) -> tuple[Table, f
     return table, statistics.median(ratios)
 
 
+def given(picture: Tensor) -> dict[str, Reward]:
+    """Return rewards that need a picture or an operator, but no weights."""
+    measured = {"Mask": Mask(torch.ones(picture.shape[1:])), "GaussianBlur": GaussianBlur(1.0),
+                "Downsampling": Downsampling(2), "CompressedSensing": CompressedSensing(64)}  # fmt: skip
+    measurements = {f"Measurement, {name}": Measurement(of, 0.1, picture=picture) for name, of in measured.items()}
+    return {"SSIM": SSIM(picture), **measurements}
+
+
 def rewards() -> Iterator[tuple[str, Reward | str]]:
     """Yield every reward class of steerfm.rewards with an instance, or with why it cannot be made from nothing."""
     for module_name in sorted(info.name for info in pkgutil.iter_modules(steerfm.rewards.__path__)):
@@ -135,14 +146,19 @@ def throughput(reward: Reward, images: Tensor, rounds: int) -> float:
 
 def every_reward(count: int, rounds: int) -> Table:
     """Return the second table."""
-    table = Table("", "gradient", "pictures a second", title=f"rewards without a file, {count} pictures of 32 pixels")
+    table = Table(
+        "",
+        "gradient",
+        "pictures a second",
+        title=f"rewards without a file, {count} pictures of 32 pixels (DigitJudge 8)",
+    )
     images = render([sample_scene(np.random.default_rng(seed)) for seed in range(count)], 32)
-    for name, reward in rewards():
+    for name, reward in (*rewards(), *given(images[0]).items()):
         if isinstance(reward, str):
             table.add_row(name, "", reward)
             continue
         try:
-            speed = throughput(reward, images, rounds)
+            speed = throughput(reward, resize(images, (8, 8)) if name == "DigitJudge" else images, rounds)
             table.add_row(name, "yes" if reward.differentiable else "no", f"{speed:,.0f}")
         except SteerfmError as error:
             table.add_row(name, "", str(error))
