@@ -125,8 +125,8 @@ def rewards() -> Iterator[tuple[str, Reward | str]]:
                 try:
                     inspect.signature(found).bind()
                     yield name, found()
-                except TypeError as error:
-                    yield name, str(error)
+                except TypeError:
+                    yield name, "needs arguments"
                 except SteerfmError:
                     yield name, "needs weights"
 
