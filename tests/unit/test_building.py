@@ -27,7 +27,7 @@ ROUTES = [  # out of steerfm, through what its modules import
     "steerfm.flow_map.os.system",
     "steerfm.flow_map.torch.load",
     "steerfm.flow_map.nn.Linear",
-    "steerfm.reward.Path",
+    "steerfm.reward_plugins.Path",
     "steerfm.sampling.replace",
     "steerfm.types.Tensor",
     "torch.optim.lr_scheduler.partial",

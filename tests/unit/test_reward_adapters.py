@@ -44,6 +44,8 @@ def test_a_metric_scores_each_picture_on_its_own_and_less_is_better():
     expected = total_variation(IMAGES, reduction="none")
     assert torch.allclose(scores.parts["TotalVariation"], expected)
     assert torch.allclose(scores.total, -expected)
+    assert isinstance(reward, TorchMetric)
+    assert reward.metric.num_elements == 0  # nothing piles up over a training
     assert [finding for finding in check(reward, IMAGES, PROMPTS) if finding.fault] == []
 
 
