@@ -261,8 +261,12 @@ def _check_options(chosen: list[Override], library: Library) -> None:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}' gives several values: add -m to run each of them.")
         options = library.options(group)
-        if override.is_delete() or value is None or value in options:
+        if override.is_delete() or value in options:
             continue
+        if value is None:
+            raise ConfigError(
+                f"{group} is a choice of parts, and null is none of them: to leave it out, write ~{group}."
+            )
         if group == "recipe":
             raise ConfigError(f"No recipe is named '{value}'{nearest(str(value), options)} See: steerfm recipes list.")
         raise ConfigError(

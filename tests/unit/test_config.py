@@ -26,7 +26,7 @@ network:
 module:
   _target_: steerfm.flow_map.FlowMap
   network: ${network}
-times:
+law:
   _target_: steerfm.times.Triangle
   diagonal: 0.5
 """
@@ -56,7 +56,7 @@ def test_a_recipe_of_the_users_composes_from_our_parts(kitchen: Path):
 def test_a_checked_part_is_built(kitchen: Path):
     recipe = compose("network.width=8", "network.depth=1")
     assert recipe.build("module").data_shape == (2,)
-    assert recipe.build("times").diagonal == 0.5
+    assert recipe.build("law").diagonal == 0.5
     assert recipe.build("reward") is None
 
 
@@ -71,13 +71,13 @@ def test_what_a_recipe_cannot_hold_is_handed_over_when_building(kitchen: Path):
     [
         ("netwrk.width=8", "did you mean 'network'?"),
         ("network.widht=8", "did you mean 'width'?"),
-        ("times.diagnal=1", "did you mean 'diagonal'?"),
+        ("law.diagnal=1", "did you mean 'diagonal'?"),
         ("+network.foo=1", "takes no argument 'foo'"),
         ("network=mpl", "did you mean 'mlp'?"),
         ("trainer.max_steps=many", "trainer.max_steps must be a whole number, got 'many'"),
         ("trainer.max_steps=1e4", "trainer.max_steps must be a whole number, got 10000.0"),
-        ("times.diagonal=half", "times.diagonal must be a number, got 'half'"),
-        ("times.both=3", "times.both must be true or false, got 3"),
+        ("law.diagonal=half", "law.diagonal must be a number, got 'half'"),
+        ("law.both=3", "law.both must be true or false, got 3"),
         ("module.output=denoise", "did you mean 'denoised'"),
         ("module.network.width=8", "write network.width=... instead"),
         ("network.width=8,16", "add -m"),
@@ -95,11 +95,16 @@ def test_a_wrong_value_is_refused_before_anything_is_built(kitchen: Path, overri
 
 
 def test_a_part_set_to_null_is_left_out(kitchen: Path):
-    assert compose("times=null").build("times") is None
+    assert compose("law=null").build("law") is None
+
+
+def test_a_group_set_to_null_says_how_to_leave_it_out(kitchen: Path):
+    with pytest.raises(ConfigError, match="objective is a choice of parts.*: to leave it out, write ~objective"):
+        config.compose("train", ["recipe=digits", "objective=null"])
 
 
 def test_an_argument_that_the_recipe_left_out_needs_no_plus(kitchen: Path):
-    assert compose("times.both=true").values["times"]["both"] is True
+    assert compose("law.both=true").values["law"]["both"] is True
 
 
 def test_a_missing_value_names_its_key_and_an_example(kitchen: Path):
@@ -196,7 +201,7 @@ def test_a_recipe_can_start_from_one_of_ours(kitchen: Path):
 
 def test_an_error_of_ours_in_a_constructor_comes_out_as_it_is(kitchen: Path):
     with pytest.raises(ConfigError, match=r"^diagonal is a share of the batch"):
-        compose("times.diagonal=2").build("times")
+        compose("law.diagonal=2").build("law")
 
 
 def test_any_other_error_in_a_constructor_is_one_sentence(kitchen: Path):
