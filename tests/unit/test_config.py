@@ -99,7 +99,7 @@ def test_a_part_set_to_null_is_left_out(kitchen: Path):
 
 
 def test_a_group_set_to_null_says_how_to_leave_it_out(kitchen: Path):
-    with pytest.raises(ConfigError, match="objective is a choice of parts.*: to leave it out, write ~objective"):
+    with pytest.raises(ConfigError, match=r"objective is a choice of parts.*: to leave it out, write ~objective"):
         config.compose("train", ["recipe=digits", "objective=null"])
 
 
