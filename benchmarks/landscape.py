@@ -2,7 +2,7 @@
 
     python benchmarks/landscape.py --jobs 2              every recipe of landscape/; two CPU cores, hours
     python benchmarks/landscape.py --only lsd,psd        some of them, after the teachers that they learn from
-    python benchmarks/landscape.py --fast                six of them briefly, held to their order; one core, 3 min
+    python benchmarks/landscape.py --fast                six of them briefly, held to their order; one core, 4 min
 
 What is known is kept at once: the same command goes on where an earlier one was killed, and makes anew what comes
 from another recipe or teacher. --write PATH writes the table as Markdown too.
