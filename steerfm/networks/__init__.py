@@ -2,7 +2,7 @@
 
 from steerfm.networks.critic import Critic
 from steerfm.networks.dit import DiT
-from steerfm.networks.mlp import MLP
+from steerfm.networks.mlp import MLP, PlainMLP
 from steerfm.networks.text import SlotEncoder, TextEmbeddings, WordEncoder
 from steerfm.networks.unet import UNet
 from steerfm.networks.wrappers import ApartDiagonal, VelocityNetwork
@@ -12,6 +12,7 @@ __all__ = [
     "ApartDiagonal",
     "Critic",
     "DiT",
+    "PlainMLP",
     "SlotEncoder",
     "TextEmbeddings",
     "UNet",

@@ -10,8 +10,7 @@ from steerfm.types import Condition, State, Times, Values
 class Critic(nn.Module):
     """Let a network of u(x, s, t) judge x at noise level t: its logit is the mean of what it returns; (B,).
 
-    network: called as network(x, t, t, condition); one that starts at zero starts undecided. A trained map's network
-    may stand here too, and then knows the noise levels already.
+    network: called as network(x, t, t, condition); one that starts at zero starts undecided.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steerfm import config
 from steerfm.modules import FlowMapTraining
-from steerfm.networks import MLP
+from steerfm.networks import PlainMLP
 from steerfm.networks.mlp import randomise
 from steerfm.objectives.teachers import Following
 
@@ -45,8 +45,8 @@ def gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return torch.cat([p.grad.flatten() for p in _mlp(module.flow_map).parameters() if p.grad is not None])
 
 
-def _mlp(module: torch.nn.Module) -> MLP:
-    return next(part for part in module.modules() if isinstance(part, MLP))
+def _mlp(module: torch.nn.Module) -> PlainMLP:
+    return next(part for part in module.modules() if isinstance(part, PlainMLP))
 
 
 def test_every_recipe_has_a_gradient_of_its_own(here: Path, monkeypatch: pytest.MonkeyPatch):
