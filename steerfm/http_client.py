@@ -23,6 +23,7 @@ from steerfm.errors import ConfigError, RewardError
 
 log = logging.getLogger(__name__)
 
+PREFIX = "STEERFM_"  # of the environment variables that may be sent
 AGAIN = (429, 502, 503, 504)  # what may pass: too many requests, a gateway's trouble, too busy
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the service asks for
 SAID = 300  # characters of a refusal that are repeated
@@ -48,7 +49,8 @@ class Client:
     """Ask the service at `address`, "https://host:port/path", which has no credentials in it.
 
     token_from: the environment variable with the bearer token, read at every request; none is sent where it is
-    unset. timeout: seconds for one try, from connecting to the last byte. tries: of which all but the first follow
+    unset. Its name starts with STEERFM_: a recipe that somebody shares names address and variable, and may not carry
+    another secret off. timeout: seconds for one try, from connecting to the last byte. tries: of which all but the first follow
     a failed connection, a timeout or a status of `AGAIN`. pause: seconds before the second try, doubled for each
     further one; a service's Retry-After takes its place, and neither is over `LONGEST_PAUSE`. limit: bytes of an
     answer. Redirects are not followed, and loopback is reached without a proxy. Safe to use from several threads.
@@ -64,6 +66,11 @@ class Client:
 
     def __post_init__(self) -> None:
         _check_address(self.address)
+        if not (self.token_from or PREFIX).startswith(PREFIX):
+            raise ConfigError(
+                f"token_from is an environment variable whose name starts with {PREFIX}, so that no recipe can send away "
+                f"another secret, got '{self.token_from}': copy its value, export {PREFIX}TOKEN=..."
+            )
         if not (0 < self.timeout < math.inf and 0 <= self.pause < math.inf):
             raise ConfigError(f"timeout and pause are seconds, got {self.timeout} and {self.pause}.")
         if self.tries < 1 or self.limit < 1:

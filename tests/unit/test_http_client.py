@@ -26,8 +26,8 @@ SECRET = "s3cr3t-t0k3n"
 
 @pytest.fixture
 def token(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("A_TOKEN", SECRET)
-    return "A_TOKEN"
+    monkeypatch.setenv("STEERFM_TEST_TOKEN", SECRET)
+    return "STEERFM_TEST_TOKEN"
 
 
 def quick(address: str, token_from: str | None = None, **options: Any) -> Client:
@@ -181,7 +181,9 @@ def test_refusals_of_any_form_are_told(said: bytes):
 def test_the_token_is_sent_and_told_to_nobody(token: str):
     with service(lambda asked: Told(401, asked.headers["authorization"].encode())) as there:
         client = quick(there.address, token)
-        with pytest.raises(RewardError, match=r"\(Bearer \*\*\*\): put the right token into .* A_TOKEN") as refused:
+        with pytest.raises(
+            RewardError, match=r"\(Bearer \*\*\*\): put the right token into .* STEERFM_TEST_TOKEN"
+        ) as refused:
             client.get("/")
         assert there.asked[0].headers["authorization"] == f"Bearer {SECRET}"
     assert SECRET not in f"{refused.value!r} {client!r}"
@@ -189,19 +191,24 @@ def test_the_token_is_sent_and_told_to_nobody(token: str):
 
 
 def test_a_missing_token_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("A_TOKEN", raising=False)
+    monkeypatch.delenv("STEERFM_TEST_TOKEN", raising=False)
     with service(lambda asked: Told(401)) as there:
-        with pytest.raises(RewardError, match="put its token into the environment variable A_TOKEN"):
-            quick(there.address, "A_TOKEN").get("/")
+        with pytest.raises(RewardError, match="put its token into the environment variable STEERFM_TEST_TOKEN"):
+            quick(there.address, "STEERFM_TEST_TOKEN").get("/")
         with pytest.raises(RewardError, match="pass token_from="):
             quick(there.address).get("/")
 
 
+def test_no_other_secret_can_be_sent():
+    with pytest.raises(ConfigError, match="starts with STEERFM_, .* got 'AWS_SECRET_ACCESS_KEY'"):
+        Client("http://h", "AWS_SECRET_ACCESS_KEY")
+
+
 @pytest.mark.parametrize("bad", ["two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_is_no_header_is_refused_unseen(bad: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("A_TOKEN", bad)
-    with pytest.raises(ConfigError, match="The token in A_TOKEN has spaces") as refused:
-        Client("http://127.0.0.1:1", "A_TOKEN").get("/")
+    monkeypatch.setenv("STEERFM_TEST_TOKEN", bad)
+    with pytest.raises(ConfigError, match="The token in STEERFM_TEST_TOKEN has spaces") as refused:
+        Client("http://127.0.0.1:1", "STEERFM_TEST_TOKEN").get("/")
     assert bad not in str(refused.value)
 
 
