@@ -50,10 +50,10 @@ class Client:
 
     token_from: the environment variable with the bearer token, read at every request; none is sent where it is
     unset. Its name starts with STEERFM_: a recipe that somebody shares names address and variable, and may not carry
-    another secret off. timeout: seconds for one try, from connecting to the last byte. tries: of which all but the first follow
-    a failed connection, a timeout or a status of `AGAIN`. pause: seconds before the second try, doubled for each
-    further one; a service's Retry-After takes its place, and neither is over `LONGEST_PAUSE`. limit: bytes of an
-    answer. Redirects are not followed, and loopback is reached without a proxy. Safe to use from several threads.
+    another secret off. timeout: seconds for one try, from connecting to the last byte. tries: of which all but the
+    first follow a failed connection, a timeout or a status of `AGAIN`. pause: seconds before the second try, doubled
+    for each further one; a service's Retry-After takes its place, and neither is over `LONGEST_PAUSE`. limit: bytes
+    of an answer. Redirects are not followed, and loopback is reached without a proxy. Safe to use from several threads.
     Raises ConfigError.
     """
 
@@ -68,8 +68,8 @@ class Client:
         _check_address(self.address)
         if not (self.token_from or PREFIX).startswith(PREFIX):
             raise ConfigError(
-                f"token_from is an environment variable whose name starts with {PREFIX}, so that no recipe can send away "
-                f"another secret, got '{self.token_from}': copy its value, export {PREFIX}TOKEN=..."
+                f"token_from is an environment variable whose name starts with {PREFIX}, so that no recipe can send "
+                f"another secret away, got '{self.token_from}': copy its value, export {PREFIX}TOKEN=..."
             )
         if not (0 < self.timeout < math.inf and 0 <= self.pause < math.inf):
             raise ConfigError(f"timeout and pause are seconds, got {self.timeout} and {self.pause}.")

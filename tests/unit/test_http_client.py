@@ -200,7 +200,7 @@ def test_a_missing_token_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_other_secret_can_be_sent():
-    with pytest.raises(ConfigError, match="starts with STEERFM_, .* got 'AWS_SECRET_ACCESS_KEY'"):
+    with pytest.raises(ConfigError, match=r"starts with STEERFM_, .* got 'AWS_SECRET_ACCESS_KEY'"):
         Client("http://h", "AWS_SECRET_ACCESS_KEY")
 
 
