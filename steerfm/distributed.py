@@ -35,6 +35,11 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat([row[: int(size)] for row, size in zip(rows, sizes, strict=True)])
 
 
+def gather_particles(values: Tensor) -> Tensor:
+    """Return the particles of all processes, in rank order; (B, p, ...) -> (B, P, ...)."""
+    return gather(values.transpose(0, 1)).transpose(0, 1)
+
+
 def mean_and_std(values: Values) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation over the values of all processes, in float64."""
     everything = gather(values).double()
@@ -71,30 +76,17 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(-torch.logsumexp(2 * log_weights.log_softmax(-1), -1))
 
 
-def systematic_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the ancestor of each particle by systematic resampling; (B, P), (B,) -> (B, P) long.
+def draw_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the ancestor of each particle; (B, P), (B, 1) or (B, P) -> (B, P) long.
 
-    One uniform number a population; computed in float64, so that every process finds the same ancestors.
-    Reference: Douc, Cappe, Moulines 2005, arXiv cs/0507025, section 2.4.
+    One uniform number a population is systematic resampling, P of them are stratified; either way a particle of
+    weight w has P w descendants on average. Computed in float64, so that every process finds the same ancestors.
+    Reference: Douc, Cappe, Moulines 2005, arXiv cs/0507025, sections 2.3 and 2.4.
     """
     weights = log_weights.double().softmax(-1)
     count = weights.shape[-1]
-    places = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform.to(weights)[:, None]) / count
+    places = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform.to(weights)) / count
     edges = weights.cumsum(-1)
     edges = edges / edges[:, -1:]
     below_one = places.clamp_max(1 - 2**-53)  # rounded up to 1 it would fall to the last particle, whatever its weight
     return torch.searchsorted(edges, below_one, right=True)
-
-
-def resample_across(states: Tensor, log_weights: Values, uniform: float) -> Tensor:
-    """Resample one population that is split over the processes; return this process's new rows of `states`.
-
-    states: (p, *dim), log_weights: (p,), this process's particles in slot order. The states are exchanged by
-    gathering; weights are equal afterwards.
-    """
-    rank, count = world()
-    everything = gather(states)
-    ancestors = systematic_ancestors(gather(log_weights)[None], torch.tensor([uniform], dtype=torch.float64))[0]
-    slots = gather(torch.tensor([len(states)], device=states.device)) if count > 1 else torch.tensor([len(states)])
-    start = int(slots[:rank].sum())
-    return everything[ancestors[start : start + len(states)]]

@@ -172,7 +172,7 @@ class Unsteered:
     ) -> Samples:
         task = prepare(flow_map, prompts, seeds, condition)
         with measure(flow_map, None, len(task.seeds)) as cost:
-            x0 = self._function(task.step_noise)(flow_map, task.x1, self.steps, task.condition)
+            x0 = self._function(task.step_noise)(flow_map, task.noise(), self.steps, task.condition)
         return finish(flow_map, task, x0, reward, cost())
 
     def _function(self, draw: Callable[[int], State]) -> Callable[..., State]:
@@ -189,21 +189,22 @@ class Unsteered:
 
 
 class Task(NamedTuple):
-    """What is to be sampled: one (prompt, seed) pair a row, `particles` rows of noise each."""
+    """What is to be sampled: one (prompt, seed) pair a row, with its condition; like: no rows, as states are."""
 
     prompts: list[str]
     seeds: list[int]
     condition: Condition | None
-    x1: State
-    particles: int
+    like: State
+
+    def noise(self, particles: int = 1, stream: str = "initial", step: int = 0) -> State:
+        """Return noise keyed by (seed, particle, stream, step), (B * particles, *dim); a pair's are neighbours."""
+        shape, dtype, device = self.like.shape[1:], self.like.dtype, self.like.device
+        keys: dict[str, Any] = {"particles": particles, "stream": stream, "step": step}
+        return seeding.noise(self.seeds, shape, **keys, dtype=dtype, device=device)
 
     def step_noise(self, step: int) -> State:
-        """Return the noise of one SDE step, keyed by (seed, particle, step), like x1."""
-        shape = self.x1.shape[1:]
-        dtype, device = self.x1.dtype, self.x1.device
-        return seeding.noise(
-            self.seeds, shape, particles=self.particles, stream="step", step=step, dtype=dtype, device=device
-        )
+        """Return the noise of one SDE step."""
+        return self.noise(1, "step", step)
 
 
 def prepare(
@@ -211,12 +212,11 @@ def prepare(
     prompts: Sequence[str],
     seeds: Sequence[int],
     condition: Condition | None = None,
-    particles: int = 1,
 ) -> Task:
-    """Pair prompts with seeds (either may have length one), encode them and draw the initial noise.
+    """Pair prompts with seeds (either may have length one), and encode them.
 
-    condition: given instead of encoding the prompts, one row a pair. Rows of a pair's particles are
-    neighbours. Raises ConfigError where the lengths do not fit.
+    condition: given instead of encoding the prompts, one row a pair. Raises ConfigError where the lengths do not
+    fit.
     """
     if isinstance(prompts, str):
         raise ConfigError(f"prompts is a list of strings, got the string '{prompts}': write ['{prompts}'].")
@@ -229,10 +229,8 @@ def prepare(
         condition = flow_map.encode_prompts(prompts)
     elif len(condition) != n:
         raise ConfigError(f"The condition needs one row a (prompt, seed) pair, {n}, got {len(condition)}.")
-    if condition is not None and particles > 1:
-        condition = condition.repeat_interleave(particles)
-    x1 = seeding.noise(seeds, flow_map.data_shape, particles=particles, dtype=flow_map.dtype, device=flow_map.device)
-    return Task(prompts, seeds, condition, x1, particles)
+    like = torch.empty((0, *flow_map.data_shape), dtype=flow_map.dtype, device=flow_map.device)
+    return Task(prompts, seeds, condition, like)
 
 
 def finish(flow_map: FlowMap, task: Task, x0: State, reward: Any, cost: Cost, **more: Any) -> Samples:

@@ -53,9 +53,9 @@ def noise(
     return torch.from_numpy(np.concatenate(rows)).to(device=device, dtype=dtype)
 
 
-def uniform(seeds: Sequence[int], *, stream: str = "resample", step: int = 0) -> Tensor:
-    """Return one uniform number in [0, 1) for each seed, shape (len(seeds),), float64 on the CPU."""
-    return torch.tensor([generator(seed, stream, step).random() for seed in seeds], dtype=torch.float64)
+def uniform(seeds: Sequence[int], *, count: int = 1, stream: str = "resample", step: int = 0) -> Tensor:
+    """Return `count` uniform numbers in [0, 1) for each seed, shape (len(seeds), count), float64 on the CPU."""
+    return torch.from_numpy(np.stack([generator(seed, stream, step).random(count) for seed in seeds]))
 
 
 def whole(seed: int) -> int:

@@ -89,8 +89,9 @@ class Samples:
     `parts` the unweighted values by name and `held_out` those of rewards that nothing optimised.
     rewards_unclamped: (B,), of the pictures before clamping to [0, 1], where any pixel was clamped. For
     populations of P particles: log_weights (B, P), normalised; effective_sample_size (B,), in particles;
-    particles (B, P, *dim). `trace` holds one tensor a step by name. `note` says what the reader must know of the
-    result, such as a temperature that is nominal.
+    particles (B, P, *dim); log_evidence (B,), an estimate of log E exp(r / temperature). `trace` holds one tensor a
+    step by name, (B, steps, ...). `note` says what the reader must know of the result, such as a temperature that is
+    nominal.
     """
 
     x0: Tensor
@@ -105,6 +106,7 @@ class Samples:
     log_weights: Tensor | None = None
     effective_sample_size: Tensor | None = None
     particles: Tensor | None = None
+    log_evidence: Tensor | None = None
     trace: dict[str, Tensor] = field(default_factory=dict)
     note: str = ""
 

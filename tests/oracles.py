@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.analytic import GaussianMixture, MixtureNetwork, QuadraticReward
-from steerfm.distributed import systematic_ancestors
+from steerfm.distributed import draw_ancestors
 from steerfm.flow_map import FlowMap
 from steerfm.metrics.sliced_wasserstein import sliced_wasserstein
 from steerfm.paths import Path
@@ -64,7 +64,7 @@ def mixture_reward(sigma: float) -> QuadraticReward:
 
 def distance_to_tilt(points: Tensor, log_weights: Tensor, tilt: GaussianMixture, seed: int) -> float:
     """Return section 6's sliced W2: weights resampled systematically, against as many exact draws."""
-    ancestors = systematic_ancestors(log_weights[None], torch.tensor([0.5], dtype=torch.float64))[0]
+    ancestors = draw_ancestors(log_weights[None], torch.tensor([[0.5]], dtype=torch.float64))[0]
     return sliced_wasserstein(points[ancestors], tilt.sample(len(points), torch.Generator().manual_seed(1000 + seed)))
 
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from steerfm import seeds as seeding
-from steerfm.distributed import effective_sample_size
 from steerfm.flow_map import FlowMap
-from steerfm.sampling import few_jumps, finish, measure, prepare
-from steerfm.steering.common import check_counts, check_temperature, ready_reward
-from steerfm.types import Condition, Samples
+from steerfm.sampling import few_jumps
+from steerfm.steering.common import Outcome, Run, Steering, check_counts, check_temperature, pick
+from steerfm.steering.populations import draw_by_weight, log_mean_exp
+from steerfm.types import Condition, State
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfN(Steering):
     """Draw n candidates a seed in `jumps` jumps each, and keep the best, or one by softmax of r / temperature.
 
     temperature None: argmax, which has no tilt as its target. With a temperature, one candidate is drawn with
     weights exp(r / temperature): consistent for the tilted density as n grows (importance sampling from the
-    prior). Needs no gradient of the reward.
+    prior). Needs no gradient of the reward. A budget bounds the number of candidates.
     """
 
     n: int = 16
@@ -31,53 +28,30 @@ class BestOfN:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(n=self.n, jumps=self.jumps)
         check_temperature(self.temperature, allow_none=True)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        flow_map: FlowMap,
-        reward: Any = None,
-        *,
-        prompts: Sequence[str] = ("",),
-        seeds: Sequence[int] = (0,),
-        condition: Condition | None = None,
-    ) -> Samples:
-        reward = ready_reward(reward, "BestOfN", needs_gradient=False)
-        task = prepare(flow_map, prompts, seeds, condition, particles=self.n)
-        with measure(flow_map, reward, len(task.seeds)) as cost:
-            x0 = few_jumps(flow_map, task.x1, self.jumps, task.condition)
-            each = [prompt for prompt in task.prompts for _ in range(self.n)]
-            values = reward(flow_map.decode(x0), each).total.reshape(-1, self.n)
-        log_weights, chosen = self._choose(values, task.seeds)
-        particles = x0.reshape(-1, self.n, *x0.shape[1:])
-        kept = particles[torch.arange(len(particles)), chosen]
-        note = "" if self.temperature else "argmax selection: no temperature, its target is not a tilt"
-        return finish(
-            flow_map,
-            task,
-            kept,
-            reward,
-            cost(),
-            log_weights=log_weights,
-            effective_sample_size=effective_sample_size(log_weights),
-            particles=particles,
-            note=note,
-        )
-
-    def _choose(self, values: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-        """Return normalised log-weights (B, n) and the candidate kept (B,)."""
+    def steer(self, run: Run) -> Outcome:
+        """Draw the candidates and choose."""
+        pairs = len(run.seeds)
+        x1 = run.noise(self.n).reshape(pairs, self.n, *run.flow_map.data_shape)
+        drawn, judged = [], []
+        for wave in run.waves(self.n):
+            x0 = run.rows(self._jump(run.flow_map), x1[:, wave].flatten(0, 1))
+            drawn.append(x0.reshape(pairs, -1, *x0.shape[1:]))
+            judged.append(run.rewards(x0).reshape(pairs, -1))
+            run.record(reward=torch.cat(judged, 1).max(1).values)
+        particles, values = torch.cat(drawn, 1), torch.cat(judged, 1)
         if self.temperature is None:
             chosen = values.argmax(1)
-            one_hot = torch.nn.functional.one_hot(chosen, self.n).to(values)
-            return one_hot.log(), chosen
-        log_weights = (values / self.temperature).log_softmax(1)
-        return log_weights, draw_by_weight(log_weights, seeds)
+            log_weights = torch.nn.functional.one_hot(chosen, values.shape[1]).to(values).log()
+            note = "argmax selection: no temperature, its target is not a tilt"
+            return Outcome(pick(particles.flatten(0, 1), chosen), log_weights, particles, note=note)
+        log_weights = values.double() / self.temperature
+        chosen = draw_by_weight(log_weights, run.seeds)
+        evidence = log_mean_exp(log_weights)
+        return Outcome(pick(particles.flatten(0, 1), chosen), log_weights.log_softmax(1), particles, evidence)
 
-
-def draw_by_weight(log_weights: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Return one particle a population, drawn by its weight with the seed's own number; (B, P) -> (B,) long."""
-    edges = log_weights.double().softmax(1).cumsum(1)
-    uniform = seeding.uniform(seeds, stream="select").to(edges)[:, None] * edges[:, -1:]
-    return torch.searchsorted(edges, uniform, right=True).squeeze(1).clamp_max(log_weights.shape[1] - 1)
+    def _jump(self, flow_map: FlowMap) -> Callable[[State, Condition | None], State]:
+        return lambda x1, condition: few_jumps(flow_map, x1, self.jumps, condition)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from steerfm.errors import ConfigError
-from steerfm.flow_map import FlowMap, as_times
+from steerfm.flow_map import as_times
 from steerfm.paths import Path
-from steerfm.sampling import finish, measure, prepare
-from steerfm.steering.common import check_counts, check_temperature, ready_reward, value_and_gradient
+from steerfm.steering.common import Outcome, Run, Steering, check_counts, check_temperature
 from steerfm.times import time_grid
-from steerfm.types import Condition, Samples, State, Times, unsqueeze_like
+from steerfm.types import State, Times, Values, unsqueeze_like
 
 Clean = Literal["look_ahead", "posterior_mean"]
 
@@ -34,7 +28,7 @@ def guidance_strength(path: Path, t: Times, step: float, clean: Clean) -> Times:
 
 
 @dataclass(frozen=True)
-class LookAheadGuidance:
+class LookAheadGuidance(Steering):
     """Add the gradient of r(clean(x_t)) / temperature to the reverse-time drift of the ODE.
 
     steps: steps of the sampler, each a jump followed by the guidance's drift. clean: "look_ahead", F(x, t, 0),
@@ -48,47 +42,29 @@ class LookAheadGuidance:
     clean: Clean = "look_ahead"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(steps=self.steps)
         check_temperature(self.temperature)
         if self.clean not in ("look_ahead", "posterior_mean"):
             raise ConfigError(f"clean is 'look_ahead' or 'posterior_mean', got '{self.clean}'.")
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        flow_map: FlowMap,
-        reward: Any = None,
-        *,
-        prompts: Sequence[str] = ("",),
-        seeds: Sequence[int] = (0,),
-        condition: Condition | None = None,
-    ) -> Samples:
-        reward = ready_reward(reward, "LookAheadGuidance", needs_gradient=True)
-        task = prepare(flow_map, prompts, seeds, condition)
-        x, trace = task.x1, []
-        grid = time_grid(self.steps)
-        with measure(flow_map, reward, len(task.seeds)) as cost:
-            for t, t_next in itertools.pairwise(grid):
-                values, drift = self._drift(flow_map, reward, x, t, t - t_next, task.condition, task.prompts)
-                trace.append(values)
-                x = flow_map.jump(x, t, t_next, task.condition) + (t - t_next) * drift
-        note = "temperature is nominal: guidance without weights is biased"
-        return finish(flow_map, task, x, reward, cost(), trace={"reward": torch.stack(trace, 1)}, note=note)
+    @property
+    def needs_gradient(self) -> bool:
+        return True
 
-    def _drift(
-        self,
-        flow_map: FlowMap,
-        reward: Any,
-        x: State,
-        t: float,
-        step: float,
-        condition: Condition | None,
-        prompts: Sequence[str],
-    ) -> tuple[Tensor, State]:
-        """Return the reward of the clean prediction (B,) and guidance's share of the reverse-time drift."""
+    def steer(self, run: Run) -> Outcome:
+        """Carry one state a pair from noise to data."""
+        x = run.noise()
+        for _, s, t in run.steps(time_grid(self.steps)):
+            clean, values, drift = self._drift(run, x, s, s - t)
+            run.record(reward=values, look_ahead=clean)
+            x = run.jump(x, s, t) + (s - t) * drift
+        return Outcome(x, note="temperature is nominal: guidance without weights is biased")
+
+    def _drift(self, run: Run, x: State, t: float, step: float) -> tuple[State, Values, State]:
+        """Return the clean prediction, its reward (B,) and guidance's share of the reverse-time drift."""
+        flow_map = run.flow_map
         predict = flow_map.look_ahead if self.clean == "look_ahead" else flow_map.denoise
-        _, values, gradient = value_and_gradient(
-            lambda state: predict(state, t, condition), reward, flow_map.decode, x, prompts
-        )
+        clean, values, gradient = run.reward_gradient(x, lambda x, condition: predict(x, t, condition))
         strength = guidance_strength(flow_map.path, as_times(t, x), step, self.clean)
-        return values, unsqueeze_like(strength / self.temperature, x) * gradient
+        return clean, values, unsqueeze_like(strength / self.temperature, x) * gradient

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
-from steerfm.distributed import gather, group_statistics, mean_and_std, resample_across, shard, world
+from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, world
 from steerfm.finetuning import DirectBackprop
 from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, DiT, UNet
@@ -176,8 +176,8 @@ def functions() -> Iterator[tuple[str, Tensor]]:
     for size in (2, 4, 8):  # groups lie across the division
         yield f"own/group_mean/{size}", group_statistics(values, size)[0]
         yield f"own/group_std/{size}", group_statistics(values, size)[1]
-    for i, uniform in enumerate((0.01, 0.5, 0.99)):
-        yield f"own/resampled/{i}", resample_across(points.detach(), 2 * values, uniform)
+    pairs = normal(32, 3, ROWS, 2)
+    yield "gather/particles", gather_particles(pairs[:, mine])
 
 
 def tilting() -> Iterator[tuple[str, Tensor]]:
@@ -188,6 +188,15 @@ def tilting() -> Iterator[tuple[str, Tensor]]:
     assert out.log_weights is not None
     yield "own/tilting/x0", out.x0
     yield "own/tilting/log_weights", out.log_weights
+    for resampling in ("systematic", "stratified"):  # particles are divided: three and two, one resampling for all
+        method = FlowMapTilting(5, 6, temperature=0.05, resampling=resampling, split=True, resample_below=0.9)
+        out = method(network, reward, prompts=CAPTIONS[2:4], seeds=[3, 4])
+        yield f"split/{resampling}/x0", out.x0
+        yield f"split/{resampling}/particles", out.particles
+        yield f"split/{resampling}/log_weights", out.log_weights
+        yield f"split/{resampling}/log_evidence", out.log_evidence
+        yield f"split/{resampling}/sizes", out.trace["effective_sample_size"]
+        yield f"split/{resampling}/calls", torch.tensor([out.cost.network_calls, out.cost.reward_gradients])
 
 
 def compute() -> dict[str, Tensor]:

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from steerfm.distributed import (
+    draw_ancestors,
     gather,
     group_statistics,
     mean_and_std,
-    resample_across,
     shard,
-    systematic_ancestors,
     world,
 )
 from steerfm.errors import ConfigError
@@ -46,17 +45,10 @@ def test_shares_are_contiguous_and_even(size: int, count: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_resampling_gives_states_by_weight() -> None:
-    states = torch.arange(4.0)[:, None].expand(4, 2)
-    log_weights = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
-    assert resample_across(states, log_weights, 0.5)[:, 0].tolist() == [0, 0, 2, 3]
-    ancestors = systematic_ancestors(log_weights[None], torch.tensor([0.5], dtype=torch.float64))
-    assert torch.equal(resample_across(states, log_weights, 0.5), states[ancestors[0]])
-
-
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
-def test_a_particle_without_weight_has_no_offspring(uniform: float) -> None:
+def test_a_particle_without_weight_has_no_offspring(uniform: float, count: int) -> None:
     log_weights = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
-    ancestors = systematic_ancestors(log_weights, torch.full((2,), uniform, dtype=torch.float64))
+    ancestors = draw_ancestors(log_weights, torch.full((2, count), uniform, dtype=torch.float64))
     assert set(ancestors[0].tolist()) == {1, 3}
     assert ancestors[1].tolist() == [0, 0, 0, 0]

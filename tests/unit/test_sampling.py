@@ -260,13 +260,13 @@ def test_prompts_and_seeds_are_paired_or_shared():
     assert prepare(flow_map, ["one"], [1, 2, 3]).prompts == ["one"] * 3
     assert prepare(flow_map, ["one", "two"], [4]).seeds == [4, 4]
     condition = Condition({"label": torch.tensor([1, 0])})
-    task = prepare(flow_map, ["", ""], [1, 2], condition, particles=3)
-    assert task.condition is not None
-    assert task.condition["label"].tolist() == [1, 1, 1, 0, 0, 0]
-    assert torch.equal(task.x1[::3], prepare(flow_map, [""], [1, 2]).x1)
-    assert torch.equal(task.step_noise(4)[::3], prepare(flow_map, [""], [1, 2]).step_noise(4))
+    task = prepare(flow_map, ["", ""], [1, 2], condition)
+    assert task.condition is condition
+    assert torch.equal(task.noise()[:1], prepare(flow_map, [""], [1]).noise())
+    assert torch.equal(task.noise(3)[::3], task.noise())
+    assert torch.equal(task.step_noise(4)[1:], prepare(flow_map, [""], [2]).step_noise(4))
     assert not torch.equal(task.step_noise(4), task.step_noise(5))
-    assert task.x1.dtype == task.step_noise(0).dtype == torch.float64
+    assert task.noise().dtype == task.step_noise(0).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,14 @@ def test_noise_is_standard_normal():
 
 def test_uniforms_are_uniform_and_depend_on_seed_and_step():
     u = uniform(range(20_000), step=3)
-    assert within_standard_errors(torch.stack([u, u**2], 1), torch.tensor([1 / 2, 1 / 3]))
+    assert within_standard_errors(torch.cat([u, u**2], 1), torch.tensor([1 / 2, 1 / 3]))
     assert u.min() >= 0
     assert u.max() < 1
     assert torch.equal(uniform([11, 12], step=3), u[11:13])
     assert not torch.equal(uniform([11], step=4), u[11:12])
     assert not torch.equal(uniform([11], stream="select", step=3), u[11:12])
+    assert torch.equal(uniform([11, 12], count=3, step=3)[:, :1], u[11:13])
+    assert uniform([11, 12], count=3).unique().numel() == 6
 
 
 def test_torch_generators_tell_all_seeds_streams_and_steps_apart():

@@ -22,13 +22,15 @@ from steerfm import (
     seeds,
 )
 from steerfm.analytic import QuadraticReward
-from steerfm.distributed import effective_sample_size, systematic_ancestors
+from steerfm.distributed import draw_ancestors, effective_sample_size
 from steerfm.errors import ConfigError, RewardError
 from steerfm.paths import Linear, Path, Trigonometric, VariancePreserving
 from steerfm.reward import Reward
-from steerfm.steering import guidance
-from steerfm.steering.best_of_n import draw_by_weight
-from steerfm.types import Samples
+from steerfm.sampling import prepare
+from steerfm.steering import Watch, guidance
+from steerfm.steering.common import Run
+from steerfm.steering.populations import draw_by_weight
+from steerfm.types import Cost, Samples
 
 PATHS: list[Path] = [Linear(), Trigonometric(), VariancePreserving()]
 A, MEAN = (0.8, -0.5), (0.3, -0.2)
@@ -40,6 +42,11 @@ def first(points: Tensor, prompts: Any) -> Tensor:
 
 def constant(points: Tensor, prompts: Any) -> Tensor:
     return 0 * points.sum(1) + 1.7
+
+
+def evidence_of(out: Samples) -> Tensor:
+    assert out.log_evidence is not None
+    return out.log_evidence
 
 
 class BlackBox(Reward):
@@ -107,7 +114,8 @@ def test_guidance_is_the_closed_form_gradient(scale: float, t: float) -> None:
         for clean, drift in expected.items():
             method = LookAheadGuidance(50, 0.4, clean)  # type: ignore[arg-type]
             reward = Linearly(A)
-            values, found = method._drift(flow_map, reward, x, t, h, None, [""] * 5)
+            run = Run(flow_map, reward, prepare(flow_map, [""] * 5, range(5)), Cost, Watch())
+            _, values, found = method._drift(run, x, t, h)
             assert (found - drift).abs().max() < 1e-8
             predict = flow_map.look_ahead if clean == "look_ahead" else flow_map.denoise
             assert torch.allclose(values, predict(x, t) @ a)
@@ -167,7 +175,7 @@ def test_one_jump_of_tilting_is_importance_sampling(path: Path) -> None:
     assert out.log_weights is not None
     logits = out.particles @ torch.tensor(A, dtype=torch.float64) / 0.3
     assert torch.allclose(out.log_weights, logits.log_softmax(1))
-    assert torch.allclose(out.trace["log_evidence"], logits.logsumexp(1) - math.log(64))
+    assert torch.allclose(evidence_of(out), logits.logsumexp(1) - math.log(64))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
@@ -175,7 +183,7 @@ def test_log_weights_telescope_to_the_reward(path: Path) -> None:
     """A constant reward has no gradient: every trajectory's log-weight is r / T, whatever the steps."""
     flow_map = analytic_flow_map(GaussianMixture([MEAN], [0.4]), path, steps=2, order=3)
     out = FlowMapTilting(8, jumps=7, temperature=0.2)(flow_map, constant, seeds=[0])
-    assert torch.allclose(out.trace["log_evidence"], torch.tensor([1.7 / 0.2], dtype=torch.float64))
+    assert torch.allclose(evidence_of(out), torch.tensor([1.7 / 0.2], dtype=torch.float64))
     assert out.effective_sample_size is not None
     assert torch.allclose(out.effective_sample_size, torch.tensor([8.0], dtype=torch.float64))
 
@@ -205,7 +213,7 @@ def test_tilting_a_gaussian_gives_mean_variance_and_evidence() -> None:
         covariance = torch.einsum("n,ni,nj->ij", weights, points - found, points - found)
         assert (found - (mean + 0.49 * a / 0.5)).abs().max() < 0.03 + 1 / jumps
         assert (covariance - 0.49 * torch.eye(2, dtype=torch.float64)).abs().max() < 0.03 + 1 / jumps
-        errors.append(abs(float(out.trace["log_evidence"].mean()) - evidence))
+        errors.append(abs(float(evidence_of(out).mean()) - evidence))
     assert errors[0] < 0.06
     assert errors[2] < 0.03
 
@@ -228,7 +236,7 @@ def test_a_population_never_mixes_and_does_not_know_its_batch() -> None:
         assert torch.allclose(alone.particles[0], together.particles[i], atol=1e-12)
         assert torch.allclose(alone.log_weights, together.log_weights[i : i + 1], atol=1e-10)  # type: ignore[arg-type]
         assert torch.allclose(alone.x0[0], together.x0[i], atol=1e-12)
-        assert torch.allclose(alone.trace["log_evidence"][0], together.trace["log_evidence"][i])
+        assert torch.allclose(evidence_of(alone)[0], evidence_of(together)[i])
     assert together.x0[0, 0] > 0 > together.x0[1, 0]  # drawn to opposite sides by their own prompts
 
 
@@ -279,16 +287,19 @@ def test_samples_are_drawn_by_weight() -> None:
     assert ((drawn - weights).abs() <= 4 * (weights * (1 - weights) / n).sqrt()).all()  # four standard errors
 
 
-def test_systematic_resampling_keeps_counts_within_one() -> None:
+@pytest.mark.parametrize(("scheme", "away"), [("systematic", 1), ("stratified", 2)])
+def test_resampling_keeps_counts_close_to_their_mean(scheme: str, away: int) -> None:
+    """Systematic counts stay within 1 of P w, stratified ones within 2 (each interval's end may take or lose one)."""
+    columns = 1 if scheme == "systematic" else 50
     log_weights = 2 * torch.randn(20, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    uniform = torch.rand(20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    ancestors = systematic_ancestors(log_weights, uniform)
+    uniform = torch.rand(20, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = 50 * log_weights.softmax(1)
-    counts = torch.stack([row.bincount(minlength=50) for row in ancestors])
-    assert (counts - expected).abs().max() < 1
-    many = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
-    mean = torch.stack([systematic_ancestors(log_weights[:1], u[None])[0].bincount(minlength=50) for u in many])
-    assert torch.allclose(mean.double().mean(0), expected[0], atol=1e-3)  # unbiased over the uniform number
+    counts = torch.stack([row.bincount(minlength=50) for row in draw_ancestors(log_weights, uniform)])
+    assert (counts - expected).abs().max() < away
+    assert scheme == "systematic" or (counts - expected).abs().max() > 1
+    many = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1, None].expand(-1, columns)  # each alone is uniform
+    mean = torch.stack([draw_ancestors(log_weights[:1], u[None])[0].bincount(minlength=50) for u in many])
+    assert torch.allclose(mean.double().mean(0), expected[0], atol=1e-3)  # unbiased over the uniform numbers
 
 
 # --- cost, errors ---

@@ -15,7 +15,7 @@ from oracles import MEANS, VARIANCE, distance_to_tilt, mixture, mixture_map, mix
 from torch import Tensor
 
 from steerfm import FlowMapTilting, GaussianMixture, LookAheadGuidance, analytic_flow_map
-from steerfm.steering import tilting
+from steerfm.steering import populations
 from steerfm.types import Samples
 
 PARTICLES, STEPS = 4096, 100
@@ -64,6 +64,11 @@ def log_evidence(sigma: float) -> float:
     return float(mixture().value(zero, one, mixture_reward(sigma)))
 
 
+def evidence_error(out: Samples, sigma: float) -> float:
+    assert out.log_evidence is not None
+    return float(out.log_evidence.mean()) - log_evidence(sigma)
+
+
 def test_the_fast_oracle_is_the_exact_one() -> None:
     """The solver's look-ahead is within 0.02 (root mean square) of a fine one: a tenth of the threshold, or less."""
     plain = GaussianMixture(MEANS, [VARIANCE] * 3)
@@ -107,12 +112,11 @@ def test_evidence_comes_with_an_error_of_first_order(record_property: Callable[.
     coarse): 0.02 sqrt(5 / 3) = 0.026, of which four are allowed.
     """
     coarse, fine = tilt_with_weights(0.2, [0, 1, 2], steps=50), three_seeds(0.2)
-    errors = [float(out.trace["log_evidence"].mean()) - log_evidence(0.2) for out in (coarse, fine)]
+    errors = [evidence_error(out, 0.2) for out in (coarse, fine)]
     record_property("error of the log evidence at sigma = 0.2, 50 and 100 steps", errors)
     assert abs(2 * errors[1] - errors[0]) < 0.11
     assert abs(errors[1]) < 0.7 * abs(errors[0])
-    smooth = float(three_seeds(1.0).trace["log_evidence"].mean()) - log_evidence(1.0)
-    assert abs(smooth) < 0.05
+    assert abs(evidence_error(three_seeds(1.0), 1.0)) < 0.05
 
 
 def test_counting_the_reward_twice_is_seen() -> None:
@@ -144,28 +148,27 @@ def test_resampling_at_every_step_applies_the_weights(monkeypatch: pytest.Monkey
 
 def put_in(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a bug of public code into trajectory tilting."""
-    resample, move = tilting._Population.resample, FlowMapTilting._move
-    systematic = tilting.systematic_ancestors
+    resample, move = populations.Population.resample, FlowMapTilting._move
+    drawn = populations.draw_ancestors
 
-    def lose_weights(self: Any, *arguments: Any) -> None:
-        resample(self, *arguments)
+    def lose_weights(self: Any, *arguments: Any) -> list[Tensor]:
+        others = resample(self, *arguments)
         self.log_weights = torch.zeros_like(self.log_weights)  # also where nothing was resampled
+        return others
 
-    def descend(self: Any, flow_map: Any, task: Any, x: Tensor, gradient: Tensor, *times: Any) -> Tensor:
-        return move(self, flow_map, task, x, -gradient, *times)
+    def descend(self: Any, run: Any, x: Tensor, gradient: Tensor, *times: Any) -> Tensor:
+        return move(self, run, x, -gradient, *times)
 
-    def forget_alpha(
-        self: Any, flow_map: Any, task: Any, x: Tensor, gradient: Tensor, t: float, t_next: float, step: int
-    ) -> Tensor:
-        return move(self, flow_map, task, x, gradient / max(1 - t, 0.01), t, t_next, step)
+    def forget_alpha(self: Any, run: Any, x: Tensor, gradient: Tensor, s: float, t: float, step: int) -> Tensor:
+        return move(self, run, x, gradient / max(1 - s, 0.01), s, t, step)
 
     def ignore_weights(log_weights: Tensor, uniform: Tensor) -> Tensor:
-        return systematic(torch.zeros_like(log_weights), uniform)
+        return drawn(torch.zeros_like(log_weights), uniform)
 
     if bug == "lost":
-        monkeypatch.setattr(tilting._Population, "resample", lose_weights)
+        monkeypatch.setattr(populations.Population, "resample", lose_weights)
     elif bug == "unapplied":
-        monkeypatch.setattr(tilting, "systematic_ancestors", ignore_weights)
+        monkeypatch.setattr(populations, "draw_ancestors", ignore_weights)
     else:
         monkeypatch.setattr(FlowMapTilting, "_move", {"descending": descend, "constant": forget_alpha}[bug])
 
