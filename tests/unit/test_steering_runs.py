@@ -95,7 +95,9 @@ def test_seconds_and_reward_calls_are_budgets_too() -> None:
     assert out.cost.reward_calls == 7
     assert out.particles is not None
     assert out.particles.shape[1] == 7
-    assert torch.equal(out.particles, BestOfN(7, 1)(flow_map, first, seeds=[0, 1]).particles)
+    expected = BestOfN(7, 1)(flow_map, first, seeds=[0, 1])
+    assert expected.particles is not None
+    assert torch.equal(out.particles, expected.particles)
     out = BestOfN(1000, 1)(flow_map, first, seeds=[0, 1], watch=Watch(Budget(seconds=1e-6)))
     assert out.cost.reward_calls == 1
 
