@@ -88,7 +88,9 @@ def _add_recipe_command(commands: argparse._SubParsersAction, name: str, summary
 
 
 def _add_reward(commands: argparse._SubParsersAction) -> None:
-    reward = commands.add_parser("reward", help="list, check or calibrate rewards: steerfm reward check brightness")
+    reward = commands.add_parser(
+        "reward", help="list, check, calibrate, serve rewards: steerfm reward check brightness"
+    )
     actions = reward.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_shared(actions.add_parser("list", help="every reward that has a name, shipped, yours or a package's"))
     check = actions.add_parser("check", help="name what is wrong with one: steerfm reward check my_rewards:redness")
@@ -102,6 +104,9 @@ def _add_reward(commands: argparse._SubParsersAction) -> None:
         help="measure its mean and spread: steerfm reward calibrate brightness recipe=digits_sample map=runs/digits",
     )
     _add_reward_name(calibrate)
+    _add_serve(
+        actions.add_parser("serve", help="score for others over HTTP: steerfm reward serve brightness jpeg_size")
+    )
 
 
 def _add_reward_name(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +115,23 @@ def _add_reward_name(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="values of its recipe, as in reward.model=..."
     )
     _add_shared(parser)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "rewards", nargs="+", metavar="NAME", help="as in check; KEY=VALUE are values of a single one's recipe"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument(
+        "--token-from",
+        default="STEERFM_REWARD_TOKEN",
+        metavar="VARIABLE",
+        help="the environment variable with the token that requests must bear (default: STEERFM_REWARD_TOKEN)",
+    )
+    serve.add_argument("--micro-batch", type=int, metavar="N", help="score N pictures at a time, in less memory")
+    serve.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    _add_shared(serve)
 
 
 def _add_recipes(commands: argparse._SubParsersAction) -> None:

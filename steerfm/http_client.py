@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 PREFIX = "STEERFM_"  # of the environment variables that may be sent
 AGAIN = (429, 502, 503, 504)  # what may pass: too many requests, a gateway's trouble, too busy
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the service asks for
+LONGEST_SAYING = 2**16  # bytes of a refusal that is read as JSON
 SAID = 300  # characters of a refusal that are repeated
 
 
@@ -222,7 +223,7 @@ def _said(body: bytes) -> str:
     """Return what a refusal says: the text of {"error": ...}, else the start of the body, on one line."""
     text = body[: 4 * SAID].decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(body)
+        found = json.loads(body if len(body) < LONGEST_SAYING else b"")
         error = found.get("error") if isinstance(found, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         text = message if isinstance(message, str) else text

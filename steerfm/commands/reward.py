@@ -1,8 +1,10 @@
-"""`steerfm reward`: list those that have a name, check one on a few pictures, calibrate one on a map's samples."""
+"""`steerfm reward`: list those that have a name, check, calibrate or serve one."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from steerfm import config, digits, images, seeds, shape_captions, shapes
 from steerfm.config import Composed, Library
 from steerfm.errors import ConfigError
+from steerfm.http_client import is_loopback
 from steerfm.reward import Finding, Reward, as_reward, check, load_reward, parts_of
 from steerfm.reward_check import Measured, measure
 from steerfm.reward_plugins import plugged_in, plugins
@@ -27,8 +30,9 @@ BASE = "shapes_sample"  # the recipe that is calibrated on unless another is nam
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List, check or calibrate; a check returns 1 if it finds a fault, 0 if it finds none."""
-    return {"list": _list, "check": _check, "calibrate": _calibrate}[arguments.action](arguments)
+    """List, check, calibrate or serve; a check returns 1 if it finds a fault, 0 if it finds none."""
+    actions = {"list": _list, "check": _check, "calibrate": _calibrate, "serve": _serve}
+    return actions[arguments.action](arguments)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -84,6 +88,47 @@ def _check(arguments: argparse.Namespace) -> int:
             for line in _cost(measure(part, pictures, prompts), len(pictures)):
                 console.print(f"'{part.name}' {line}", markup=False, soft_wrap=True)
     return 1 if faults else 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Answer requests for scores until a signal comes, a token among them asked for wherever others could reach it."""
+    from steerfm.reward_server import Server, address_of, application, listen
+
+    token = os.environ.get(arguments.token_from)
+    if not token and not is_loopback(arguments.host):
+        raise ConfigError(
+            f"Whoever reaches {arguments.host} could ask this server, and there is no token: put one into the "
+            f"environment variable {arguments.token_from}, or leave --host out."
+        )
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rewards = _to_serve(arguments)
+    app = application(rewards, token=token or None, micro_batch=arguments.micro_batch, device=device)
+    with listen(arguments.host, arguments.port) as listening:
+        line = f"Serving {', '.join(rewards)} at {address_of(listening)}, {'with' if token else 'without'} a token."
+        server = Server(app, lambda: console.print(line, markup=False, soft_wrap=True))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # both signals end it in the same way
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn raises anew what it was stopped by
+            console.print("Stopped.")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _to_serve(arguments: argparse.Namespace) -> dict[str, Reward]:
+    """Return the rewards that were named, by their own names."""
+    names = [text for text in arguments.rewards if "=" not in text]
+    overrides = [text for text in arguments.rewards if "=" in text]
+    if overrides and len(names) != 1:
+        raise ConfigError(f"{overrides} are values of one reward's recipe, got {len(names)} rewards: serve one alone.")
+    found: dict[str, Reward] = {}
+    for name in names:
+        reward = _named(argparse.Namespace(**{**vars(arguments), "reward": name, "overrides": overrides}))
+        if reward.name in found:
+            raise ConfigError(f"Two rewards are called '{reward.name}': serve them at two ports.")
+        found[reward.name] = reward
+    return found
 
 
 def _named(arguments: argparse.Namespace) -> Reward:

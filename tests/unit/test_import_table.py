@@ -18,7 +18,7 @@ flow_map
 analytic solvers sampling divergence reward features
 objectives backbones zoo metrics
 finetuning steering
-data modules callbacks
+data modules callbacks reward_server
 runs
 report
 config
@@ -37,6 +37,7 @@ SPLIT_FROM = {
     "reward_algebra": "reward",
     "reward_check": "reward",
     "reward_plugins": "reward",
+    "reward_wire": "reward",
     "shape_captions": "shapes",
     "shape_edits": "shapes",
 }
@@ -51,6 +52,7 @@ UPWARD = {
 
 # Our own rewards have no privilege that a user's lack.
 REWARDS_MAY_IMPORT = {"reward", "images", "features", "shapes", "shape_captions", "digits", "errors", "rewards"}
+REWARDS_MAY_IMPORT |= {"http_client", "reward_wire"}  # for those that are scored elsewhere
 
 THIRD_PARTY = {
     "lightning": {"data", "modules", "callbacks", "commands"},
