@@ -100,7 +100,7 @@ class PlainMLP(nn.Module):
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
         h = torch.cat([x.flatten(1), s[:, None], t[:, None]], 1)
         for layer in self.hidden:
-            h = functional.silu(layer(h))
+            h = functional.gelu(layer(h))
         return self.leave(h).reshape(x.shape)
 
 
