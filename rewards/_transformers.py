@@ -54,8 +54,7 @@ class Preprocessing:
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise RewardError(f"This model needs pictures (B, 1 or 3, H, W), got the shape {tuple(images.shape)}.")
         height, width = self.resized((images.shape[2], images.shape[3]))
-        pictures = clamp(resize(images, (images.shape[2], width), self.method))  # Pillow's order: rows, then columns
-        pictures = clamp(resize(pictures, (height, width), self.method))
+        pictures = resize_like_pillow(images, (height, width), self.method)
         if self.crop is not None:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             pictures = pictures[..., top : top + self.crop[0], left : left + self.crop[1]]
@@ -70,6 +69,11 @@ class Preprocessing:
         if height <= width:
             return self.size, int(self.size * width / height)
         return int(self.size * height / width), self.size
+
+
+def resize_like_pillow(images: Tensor, shape: tuple[int, int], method: str) -> Tensor:
+    """Resize pictures (B, C, H, W) in [0, 1] to (height, width): Pillow's order, rows, clamp, columns, clamp."""
+    return clamp(resize(clamp(resize(images, (images.shape[2], shape[1]), method)), shape, method))
 
 
 def find_file(
@@ -100,10 +104,11 @@ def load_model(
     source: str | Path,
     *,
     unused: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
     option: str = "model",
     cache_dir: str | Path | None = None,
 ) -> Any:
-    """Return a pretrained model of transformers' class `kind`, in evaluation mode and float32.
+    """Return a pretrained model of transformers' class `kind`, in evaluation mode and of the given dtype.
 
     Every key of the checkpoint is used, or starts with one of `unused`, which are dropped by name; every parameter
     is found. Raises RewardError otherwise, naming a key or a file.
@@ -115,7 +120,7 @@ def load_model(
     with explained(source), _quiet():
         model, report = getattr(transformers, kind).from_pretrained(
             _place(source),
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=False,
             cache_dir=cache_dir,
             output_loading_info=True,
@@ -146,14 +151,16 @@ def load_preprocessing(
     source: str | Path, *, option: str = "model", cache_dir: str | Path | None = None
 ) -> Preprocessing:
     """Return the preprocessing that a folder or a hub id declares. Raises RewardError if it is missing or another."""
+    return preprocessing_of(load_image_processor(source, option=option, cache_dir=cache_dir), source)
+
+
+def load_image_processor(source: str | Path, *, option: str = "model", cache_dir: str | Path | None = None) -> Any:
+    """Return transformers' image processor of a folder or a hub id. Raises RewardError if it is missing."""
     from transformers import AutoImageProcessor
 
     find_file(source, PICTURE_FILES, option, cache_dir)
     with explained(source), _quiet():
-        processor: Any = AutoImageProcessor.from_pretrained(
-            _place(source), trust_remote_code=False, cache_dir=cache_dir
-        )
-    return preprocessing_of(processor, source)
+        return AutoImageProcessor.from_pretrained(_place(source), trust_remote_code=False, cache_dir=cache_dir)
 
 
 def preprocessing_of(processor: Any, source: str | Path) -> Preprocessing:
