@@ -323,7 +323,8 @@ def without_gradient() -> str:
     from steerfm import steering
 
     kinds = [getattr(steering, name) for name in steering.__all__]
-    names = [kind.__name__ for kind in kinds if issubclass(kind, Steering) and not kind().needs_gradient]
+    methods = [kind for kind in kinds if issubclass(kind, Steering) and kind is not Steering]
+    names = [kind.__name__ for kind in methods if not kind().needs_gradient]
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 

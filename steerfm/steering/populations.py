@@ -62,12 +62,16 @@ class Population:
     @property
     def all_log_weights(self) -> Tensor:
         """The log-weights of every process's particles, (B, P)."""
-        return gather_particles(self.log_weights) if self.options.split else self.log_weights
+        return self.everyone(self.log_weights)
 
     @property
     def effective_sample_size(self) -> Values:
         """The effective sample size of each population, in particles, (B,)."""
         return effective_sample_size(self.all_log_weights)
+
+    def everyone(self, values: Tensor) -> Tensor:
+        """Return the values of every process's particles; (B, p, ...) -> (B, P, ...)."""
+        return gather_particles(values) if self.options.split else values
 
     def weigh(self, log_factors: Tensor) -> None:
         """Multiply the weights by exp(log_factors), (B * P,) or (B, P)."""
@@ -116,8 +120,7 @@ class Population:
 
     def _shared(self, rows: Tensor) -> Tensor:
         """Return the rows of every process by pair; (B * p, ...) -> (B, P, ...)."""
-        pairs = rows.reshape(*self.log_weights.shape, *rows.shape[1:])
-        return gather_particles(pairs) if self.options.split else pairs
+        return self.everyone(rows.reshape(*self.log_weights.shape, *rows.shape[1:]))
 
     def _moved(self, rows: Tensor, ancestors: Tensor) -> Tensor:
         """Return the rows of this process's slots after every slot took its ancestor's; (B * p, ...)."""
