@@ -26,12 +26,12 @@ class Reliability(NamedTuple):
     """Hold what a judge said and what came true, (bins,) each, by how sure it was; empty bins are NaN.
 
     confidence: the mean probability of the sample it put first; frequency: how often that one was preferred (ties
-    count half); count: how many pairs.
+    count half); pairs: how many.
     """
 
     confidence: Tensor
     frequency: Tensor
-    count: Tensor
+    pairs: Tensor
 
 
 def log_likelihood(a: Values, b: Values, preferred: Values) -> Values:
@@ -91,4 +91,4 @@ def calibration_error(a: Values, b: Values, preferred: Values, bins: int = BINS)
     """
     diagram = reliability(a, b, preferred, bins)
     gaps = (diagram.frequency - diagram.confidence).abs().nan_to_num()
-    return (gaps * diagram.count).sum() / diagram.count.sum()
+    return (gaps * diagram.pairs).sum() / diagram.pairs.sum()

@@ -69,10 +69,10 @@ def test_a_judge_that_says_its_odds_is_calibrated_within_its_sampling_error():
     """Of one bin with n pairs the gap is about normal with variance mean(c (1 - c)) / n, so E|gap| is known."""
     a, b, preferred = draw(40_000)
     diagram = reliability(a, b, preferred)
-    assert diagram.count.sum() == 40_000
+    assert diagram.pairs.sum() == 40_000
     assert (diagram.confidence[1:] > diagram.confidence[:-1]).all()
     c = diagram.confidence
-    expected = float((diagram.count * (2 / math.pi * c * (1 - c) / diagram.count).sqrt()).sum() / 40_000)
+    expected = float((diagram.pairs * (2 / math.pi * c * (1 - c) / diagram.pairs).sqrt()).sum() / 40_000)
     assert float(calibration_error(a, b, preferred)) < 2 * expected
     assert float(calibration_error(a, b, preferred, bins=1)) < 3 * 0.5 / math.sqrt(40_000)
 
@@ -82,7 +82,7 @@ def test_an_overconfident_judge_is_off_by_what_one_reckons():
     gap = torch.full((10,), math.log(9))
     preferred = torch.tensor([1.0] * 5 + [0.5] * 2 + [0.0] * 3)
     diagram = reliability(gap, torch.zeros(10), preferred)
-    assert diagram.count.nonzero().flatten().tolist() == [8]  # the ninth bin, from 0.9
+    assert diagram.pairs.nonzero().flatten().tolist() == [8]  # the ninth bin, from 0.9
     assert float(diagram.frequency[8]) == pytest.approx(0.6)
     assert diagram.confidence[:8].isnan().all()
     assert float(calibration_error(gap, torch.zeros(10), preferred)) == pytest.approx(0.9 - 0.6, abs=1e-6)
