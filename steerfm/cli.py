@@ -68,7 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         commands, "finetune", "fine-tune one", "steerfm finetune recipe=digits_finetune map=runs/digits"
     )
     _add_recipe_command(commands, "sample", "sample from one", "steerfm sample recipe=digits_sample map=runs/digits")
-    _add_recipe_command(commands, "steer", "steer sampling", "steerfm steer recipe=digits_steer map=runs/digits")
+    steer = _add_recipe_command(
+        commands, "steer", "steer sampling", "steerfm steer recipe=digits_steer map=runs/digits"
+    )
+    steer.add_argument(
+        "--trace",
+        dest="overrides",
+        action="append_const",
+        const="trace=true",
+        help="draw the look-aheads of the first samples along time, RUN/trace.png (the same as trace=true)",
+    )
     _add_recipe_command(commands, "compare", "compare runs", "steerfm compare 'runs=[base,steered]' x=network_calls")
     _add_reward(commands)
     _add_recipes(commands)
@@ -80,11 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe_command(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> None:
+def _add_recipe_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=f"{summary}: {example}", description=f"{summary}, e.g. {example}")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=NAME, name=RUN, and any value of it")
     command.add_argument("-m", "--multirun", action="store_true", help="run every combination of KEY=A,B values")
     _add_shared(command)
+    return command
 
 
 def _add_reward(commands: argparse._SubParsersAction) -> None:

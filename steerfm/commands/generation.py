@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torch import distributed as dist
 
+from steerfm import images
 from steerfm.commands import common
 from steerfm.config import Composed
 from steerfm.distributed import world
 from steerfm.modules import SteeredSampling
-from steerfm.runs import Run
+from steerfm.runs import Run, is_main_process
+from steerfm.steering import Budget, Progress, Watch
 from steerfm.types import Samples
 
 
@@ -36,12 +41,49 @@ def generate(recipe: Composed) -> Path:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
         held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         reference = recipe.build("reference")
-        module = SteeredSampling(flow_map, method, reward, held_out)
+        module = SteeredSampling(flow_map, method, reward, held_out, _watch(recipe))
         with common.interruptible(run):
             batches = _predict(recipe, run, module)
         _keep(run, batches, reference)
         run.finish(_means(batches))
     return run.folder
+
+
+def _watch(recipe: Composed) -> Watch:
+    """Return what the recipe says of budget and trace; a recipe may have neither."""
+    traced = bool(recipe.values.get("trace"))
+    news = News() if recipe.values["trainer"].get("enable_progress_bar", True) else None
+    return Watch(recipe.build("cost") or Budget(), news, traced)
+
+
+class News:
+    """Print a line on the steps of a batch, at most one a second, from the main process only."""
+
+    def __init__(self, pause: float = 1.0) -> None:
+        self.pause = pause
+        self.last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self.last >= self.pause and is_main_process():
+            self.last = now
+            Tqdm.write(told(progress), file=sys.stdout)
+
+
+def told(progress: Progress) -> str:
+    """Return a step's news in one line: mean reward, mean effective sample size, and what a sample has cost."""
+    means = {name: float(values.double().mean()) for name, values in progress.values.items() if values.ndim == 1}
+    said = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items()]
+    said.append(f"{progress.cost.network_calls:.4g} network calls a sample")
+    return f"step {progress.done} of {progress.of}, t = {progress.t:.3g}: {', '.join(said)}"
+
+
+def trace_sheet(look_aheads: Tensor, columns: int = 12) -> Tensor:
+    """Return one picture of look-aheads (B, steps, C, H, W): a row a sample, time from left to right."""
+    steps = look_aheads.shape[1]
+    columns = min(columns, steps)
+    chosen = torch.linspace(0, steps - 1, columns).round().long()
+    return images.grid(look_aheads[:, chosen].flatten(0, 1), columns)
 
 
 def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
@@ -68,6 +110,10 @@ def _keep(run: Run, batches: Sequence[Samples], reference: Tensor | None) -> Non
     names = dict.fromkeys(name for batch in batches for name in batch.held_out)
     held_out = {name: torch.cat([batch.held_out[name] for batch in batches]) for name in names}
     run.write_samples(batches, held_out=held_out, reward_unclamped=_unclamped(batches))
+    look_aheads = batches[0].trace.get("look_ahead")
+    if look_aheads is not None and look_aheads.ndim == 5:
+        run.write_bytes("trace.png", images.encode_png(trace_sheet(look_aheads), scale=4))
+        common.say(f"Look-aheads from noise (left) to data (right): {run.folder / 'trace.png'}")
     if reference is not None:
         run.write_reference(reference)
 
