@@ -96,6 +96,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("log_weights", (weights.double() / weights.double().sum()).log())
         self.register_buffer("values", values)
         self.register_buffer("vectors", vectors)
+        self.round = bool((covariances == values[:, :1, None] * torch.eye(d, dtype=torch.float64)).all())
 
     @property
     def weights(self) -> Tensor:
@@ -128,12 +129,27 @@ class GaussianMixture(nn.Module):
 
         Given k the two means are mu_k + Q_k (alpha l_k / variance_k z_k) and Q_k (sigma / variance_k z_k).
         """
+        if self.round:
+            return self._round_velocity(x, t, path)
         z, variance = self._centred(x, t, path)
         share = self._log_joint(z, variance).softmax(1)
         alpha_dot = path.alpha_dot(t)[:, None]
         rate = (path.alpha(t)[:, None] * alpha_dot)[:, :, None] * self.values + path.half_variance_dot(t)[:, None, None]
         spread = torch.einsum("kij,bkj->bi", self.vectors, share[:, :, None] * rate / variance * z)
         return alpha_dot * (share @ self.means) + spread
+
+    def _round_velocity(self, x: State, t: Times, path: Path) -> State:
+        """Return the velocity where every covariance is a multiple of the identity, in a tenth of the time.
+
+        Components lead, (K, B): a softmax over a few columns is slow.
+        """
+        alpha, alpha_dot, c2 = path.alpha(t), path.alpha_dot(t), self.values[:, :1]
+        variance = alpha**2 * c2 + path.sigma(t) ** 2
+        squares = x.square().sum(1) - 2 * alpha * (self.means @ x.T) + alpha**2 * self.means.square().sum(1)[:, None]
+        joint = self.log_weights[:, None] - 0.5 * (squares / variance + x.shape[1] * variance.log())
+        share = joint.softmax(0)
+        rate = share * (alpha * alpha_dot * c2 + path.half_variance_dot(t)) / variance
+        return ((alpha_dot * share - alpha * rate).T @ self.means) + rate.sum(0)[:, None] * x
 
     def tilt(self, reward: QuadraticReward) -> GaussianMixture:
         """Return the mixture p(x) exp(r(x)) / Z: precisions C^-1 + A, means moved, weights by their evidence."""
@@ -174,8 +190,9 @@ class MixtureNetwork(nn.Module):
     """The exact u(x, s, t) of a mixture, as a network: integrates the exact velocity.
 
     u = integral over a in [0, 1] of v(x + (t - s) U(a), s + a (t - s)) with U' the integrand, so that nothing
-    is divided by t - s. Solved by `steps` steps of the extrapolated midpoint rule of order 2 `order`
-    (Hairer, Norsett, Wanner, "Solving ordinary differential equations I", section II.9).
+    is divided by t - s. Solved by `steps` steps, in proportion fewer for jumps that are shorter than from noise to
+    data, of the extrapolated midpoint rule of order 2 `order` (Hairer, Norsett, Wanner, "Solving ordinary differential
+    equations I", section II.9).
     """
 
     def __init__(self, mixture: GaussianMixture, path: Path | None = None, steps: int = 8, order: int = 5) -> None:
@@ -194,9 +211,9 @@ class MixtureNetwork(nn.Module):
         def rate(U: Tensor, a: float) -> Tensor:
             return self.mixture.velocity(x + unsqueeze_like(interval, x) * U, s + a * interval, self.path)
 
-        U = torch.zeros_like(x)
-        for i in range(self.steps):
-            U = U + _extrapolated_step(rate, U, i / self.steps, 1 / self.steps, self.order)
+        U, steps = torch.zeros_like(x), max(1, math.ceil(self.steps * float(interval.detach().abs().max())))
+        for i in range(steps):
+            U = U + _extrapolated_step(rate, U, i / steps, 1 / steps, self.order)
         return U
 
 

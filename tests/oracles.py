@@ -1,60 +1,28 @@
 """Flow maps and rewards whose right answers are known, shared by the tests of steering and fine-tuning."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from steerfm.analytic import GaussianMixture, MixtureNetwork, QuadraticReward
+from steerfm.analytic import GaussianMixture, QuadraticReward, analytic_flow_map
 from steerfm.distributed import draw_ancestors
 from steerfm.flow_map import FlowMap
 from steerfm.metrics.sliced_wasserstein import sliced_wasserstein
-from steerfm.paths import Path
 from steerfm.types import Condition
 
 MEANS = ((-3.0, -3.0), (0.0, 0.0), (3.0, 3.0))
 VARIANCE = 0.5
 
 
-class EqualBalls(GaussianMixture):
-    """A mixture of N(mu_k, c^2 I): the velocity of its parent in a tenth of the time, for runs of 100 steps."""
-
-    def velocity(self, x: Tensor, t: Tensor, path: Path) -> Tensor:
-        """Return v(x, t) of the linear path, (B, d); components lead, since a softmax over three columns is slow."""
-        c2 = self.covariances[0, 0, 0]
-        alpha = 1 - t
-        variance = alpha**2 * c2 + t**2
-        logits = self.log_weights[:, None] + alpha * (self.means @ x.T - alpha * self._half_norms) / variance
-        gain = alpha * c2 / variance
-        mean = (logits.softmax(0).T @ self.means) * (1 - alpha * gain)[:, None] + gain[:, None] * x
-        return (x - mean) / t.clamp_min(1e-12)[:, None]
-
-    @property
-    def _half_norms(self) -> Tensor:
-        return self.means.square().sum(1, keepdim=True) / 2
-
-
-class ShortJumps(MixtureNetwork):
-    """The exact u, with fewer steps of the solver for shorter jumps."""
-
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        longest = self.steps
-        self.steps = max(1, math.ceil(longest * float((t - s).abs().max())))
-        try:
-            return super().forward(x, s, t, condition)
-        finally:
-            self.steps = longest
-
-
 def mixture() -> GaussianMixture:
     """Return the mixture of MATHS.md section 6."""
-    return EqualBalls(MEANS, [VARIANCE] * 3)
+    return GaussianMixture(MEANS, [VARIANCE] * 3)
 
 
 def mixture_map(steps: int = 3, order: int = 3) -> FlowMap:
     """Return its flow map, in float64; 3 steps of order 6 are within 0.02 of the exact one (a test says so)."""
-    return FlowMap(ShortJumps(mixture(), steps=steps, order=order))
+    return analytic_flow_map(mixture(), steps=steps, order=order)
 
 
 def mixture_reward(sigma: float) -> QuadraticReward:

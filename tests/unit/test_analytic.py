@@ -316,3 +316,17 @@ def closed_tilt(kind: str, mu: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tens
     variance = c2 * a.dot(a) + sigma**2
     log_w = -0.5 * variance.log() - (y - mu @ a) ** 2 / (2 * variance)
     return log_w, torch.einsum("kij,kj->ki", covariances, mu / c2[:, None] + a * y / sigma**2), covariances
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_round_components_have_the_velocity_of_any_others(path: Path):
+    """The short way for multiples of the identity, against the eigenbasis of every component."""
+    means, weights = numbers(1, 4, 3), [0.1, 0.2, 0.3, 0.4]
+    mixture = GaussianMixture(means, [0.5, 1.0, 0.2, 2.0], weights)
+    assert mixture.round
+    x, t = numbers(2, 50, 3), uniforms(3, 50, 0.01, 1.0)
+    short = mixture.velocity(x, t, path)
+    mixture.round = False
+    assert torch.allclose(short, mixture.velocity(x, t, path), atol=1e-10)
+    turned = torch.diag_embed(torch.tensor([[0.5, 0.5, 0.6]] * 4))
+    assert not GaussianMixture(means, turned, weights).round
