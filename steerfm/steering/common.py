@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from steerfm import seeds as seeding
 from steerfm.distributed import effective_sample_size, gather, shard, world
 from steerfm.errors import ConfigError, RewardError
 from steerfm.flow_map import FlowMap
@@ -175,6 +176,12 @@ class Run:
         own = shard(list(range(particles)))
         return drawn.reshape(len(self.seeds), particles, *drawn.shape[1:])[:, own].flatten(0, 1)
 
+    def uniform(self, particles: int, step: int) -> Values:
+        """Return a number in [0, 1) for each of `particles` of each pair, keyed by (seed, particle, step), float64."""
+        drawn = seeding.uniform(self.seeds, count=particles, stream="select", step=step)
+        own = shard(list(range(particles))) if self.split else slice(None)
+        return drawn[:, own].flatten().to(self.task.like.device)
+
     def jump(self, x: State, s: float, t: float) -> State:
         """Return F(x, s, t)."""
         return self.rows(lambda x, condition: self.flow_map.jump(x, s, t, condition), x)
@@ -223,20 +230,25 @@ class Run:
             if t == times[-1]:
                 return
 
+    def rounds(self, count: int) -> Iterator[int]:
+        """Yield 0 to count - 1, one round each, as long as the budget bears another as dear as the dearest so far."""
+        before, largest = self.spent(), Cost()
+        for i in range(count):
+            if i and not self.watch.budget.bears(before + largest):
+                return
+            yield i
+            spent = self.spent()
+            largest, before = _largest(largest, spent, before), spent
+            self._tell(i + 1, count, 0.0, spent)
+
     def waves(self, candidates: int) -> Iterator[slice]:
         """Yield which candidates to draw next: all at once, or one by one as long as a budget bears another."""
         if not self.watch.budget.limited:
             yield slice(0, candidates)
             self._tell(candidates, candidates, 0.0, self.spent())
             return
-        before, largest = self.spent(), Cost()
-        for i in range(candidates):
-            if i and not self.watch.budget.bears(before + largest):
-                return
+        for i in self.rounds(candidates):
             yield slice(i, i + 1)
-            spent = self.spent()
-            largest, before = _largest(largest, spent, before), spent
-            self._tell(i + 1, candidates, 0.0, spent)
 
     def record(self, **values: Tensor) -> None:
         """Add one step to the trace, (B, ...) by name; clean predictions, `look_ahead`, only if they are watched."""
