@@ -101,7 +101,9 @@ class PreferenceNetwork(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward of pictures (B, 1 or 3, H, W) in [0, 1] for their prompts; (B,)."""
-        return self.head(self.clip.embed_images(images), self.clip.embed_texts(prompts, images.device))
+        x = self.clip.embed_images(images)
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 the scale would blur a reward by 0.1
+            return self.head(x.float(), self.clip.embed_texts(prompts, images.device))
 
     def learnt(self) -> dict[str, Tensor]:
         """Return what is learnt, by name: the parameters themselves, not copies."""

@@ -28,11 +28,13 @@ PROBES = ("a red fox", "two boats", "snow", "")  # prompts of the pictures of no
 class PreferenceTraining(lightning.LightningModule):
     """Learn a reward from pairs {"image_a", "image_b" in [0, 1], "prompt": list of str, "preferred": (B,)}.
 
-    network: gives rewards (B,) for pictures and prompts, and has learnt, take, describe and load, as
+    network: gives rewards (B,) for pictures and prompts, and has head, learnt, take, describe and load, as
     steerfm.rewards.preference.PreferenceNetwork. centring: the coefficient of (r_a + r_b)^2 in the loss, which puts
     the rewards' zero where the pairs are; 0.01 is usual, 0 leaves it open. optimizer, scheduler: as in
-    FlowMapTraining. What is saved is what had the highest log-likelihood on held-out pairs, the last where there are
-    none. Every process validates on all of them. Checkpoints hold what is learnt, and the best, and no frozen weights.
+    FlowMapTraining; tower_rate: the learning rate of all but `network.head`, as a share of the head's, which starts
+    from nothing where the tower was pretrained. What is saved is what had the highest log-likelihood on held-out
+    pairs, the last where there are none. Every process validates on all of them. Checkpoints hold what is learnt, and
+    the best, and no frozen weights.
     """
 
     def __init__(
@@ -42,14 +44,18 @@ class PreferenceTraining(lightning.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         *,
         centring: float = 0.0,
+        tower_rate: float = 0.01,
     ) -> None:
         super().__init__()
+        if not tower_rate > 0:
+            raise ConfigError(f"tower_rate is a positive share of the head's learning rate, got {tower_rate}.")
         if centring < 0:
             raise ConfigError(f"centring is a coefficient of at least 0, got {centring}.")
         self.network: Any = network
         self.optimizer = optimizer or partial(AdamW, lr=1e-3)
         self.scheduler = scheduler
         self.centring = centring
+        self.tower_rate = tower_rate
         self.best: dict[str, Any] = {}  # {"learnt": tensors, "held_out": figures}
         self._judged: list[tuple[Values, Values, Values]] = []
 
@@ -59,7 +65,7 @@ class PreferenceTraining(lightning.LightningModule):
         loss = (bradley_terry(a, b, preferred) + self.centring * centring(a, b)).mean()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"The loss of preferences is {float(loss)} at step {self.global_step}: lower the learning rate, or "
+                f"The loss of preferences is {float(loss.detach())} at step {self.global_step}: lower the learning rate, or "
                 "clip gradients (trainer.gradient_clip_val=1)."
             )
         self.log("loss", loss, prog_bar=True)
@@ -90,7 +96,17 @@ class PreferenceTraining(lightning.LightningModule):
             self.best = {"learnt": _copies(self.network.learnt()), "held_out": held_out}
 
     def configure_optimizers(self) -> Any:
-        return configure(self.network.parameters(), self.optimizer, self.scheduler)
+        head = {id(parameter) for parameter in self.network.head.parameters()}
+
+        def in_two_groups(parameters: list[nn.Parameter]) -> Optimizer:
+            tower = [parameter for parameter in parameters if id(parameter) not in head]
+            groups = [{"params": list(self.network.head.parameters())}, *([{"params": tower}] if tower else [])]
+            built = self.optimizer(groups)
+            for group in built.param_groups[1:]:
+                group["lr"] *= self.tower_rate
+            return built
+
+        return configure(self.network.parameters(), in_two_groups, self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         learnt = {f"network.{name}" for name in self.network.learnt()}

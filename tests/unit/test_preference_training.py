@@ -197,6 +197,20 @@ def test_resuming_is_as_if_it_had_never_stopped(tune: str, clip: Path, tmp_path:
     assert set(stored["state_dict"]) == {f"network.{name}" for name in whole.network.learnt()}
 
 
+def test_the_tower_learns_more_slowly_than_the_head(clip: Path) -> None:
+    """With plain gradient descent a step is the rate times the gradient, exactly."""
+    module = PreferenceTraining(network(clip, "full"), partial(torch.optim.SGD, lr=0.5), tower_rate=0.125)
+    optimizer = module.configure_optimizers()
+    module.rewards(Redder().batch(0))[0].square().mean().backward()
+    before = copied(module.network.learnt())
+    optimizer.step()
+    for name, parameter in module.network.named_parameters():
+        if parameter.requires_grad:
+            rate = 0.5 if name.startswith("head.") else 0.0625
+            assert parameter.grad is not None
+            assert torch.equal(parameter.data, before[name].add(parameter.grad, alpha=-rate))
+
+
 def test_the_best_on_held_out_pairs_is_kept_and_saved(clip: Path, tmp_path: Path) -> None:
     """A rate that throws everything away after a good start: what is saved is the start."""
     module = fit(training(clip, lr=0.05), tmp_path, 30)
@@ -217,6 +231,8 @@ def test_a_loss_that_is_not_finite_stops_training(clip: Path, tmp_path: Path) ->
     module.network.head.w.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="loss of preferences is nan at step 0: lower the learning rate"):
         fit(module, tmp_path)
+    with pytest.raises(ConfigError, match=r"tower_rate is a positive share of the head's learning rate, got 0\."):
+        training(clip, tower_rate=0)
     with pytest.raises(ConfigError, match=r"centring is a coefficient of at least 0, got -1\."):
         training(clip, centring=-1.0)
 
