@@ -13,6 +13,8 @@ LIBRARY = Library()
 RECIPES = {recipe.name: recipe for recipe in LIBRARY.recipes()}
 COMMANDS = {name: config.preview([f"recipe={name}"])["command"] for name in RECIPES}
 
+PAIRS = Path(__file__).parent / "data" / "pairs" / "pairs.jsonl"
+
 # What makes a run tiny, by the first key of the recipe that it needs.
 TINY = {
     "trainer.max_steps": ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "checkpoint_every=1"],
@@ -23,10 +25,15 @@ TINY = {
     "data.prompts_per_step": ["data.prompts_per_step=4"],
     "data.batch_size": ["data.batch_size=8"],
     "data.seeds": ["seeds=[3,5]"],
-    "prompts.n": ["prompts.n=1"],
+    "drawn.n": ["drawn.n=1"],
     "reference.n": ["reference.n=40"],
-    "method.particles": ["method.particles=2", "method.jumps=2"],
+    "method.particles": ["method.particles=2"],
+    "method.jumps": ["method.jumps=2"],
+    "method.steps": ["method.steps=2"],
     "points": ["points=moons"],
+    "data.temperature": ["data.validation_size=8"],
+    "pairs": [f"pairs={PAIRS}", "data.size=8", "data.validation_size=2"],
+    "module.network.weights": ["module.network.model=runs/digits_clip/clip", "module.network.weights=null"],
 }
 NEEDS = {"map": "digits", "clip": "digits_clip", "teacher": "moons"}  # missing values, and whose run fills them
 
