@@ -65,8 +65,8 @@ class PreferenceTraining(lightning.LightningModule):
         loss = (bradley_terry(a, b, preferred) + self.centring * centring(a, b)).mean()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"The loss of preferences is {float(loss.detach())} at step {self.global_step}: lower the learning rate, or "
-                "clip gradients (trainer.gradient_clip_val=1)."
+                f"The loss of preferences is {float(loss.detach())} at step {self.global_step}: lower the learning "
+                "rate, or clip gradients (trainer.gradient_clip_val=1)."
             )
         self.log("loss", loss, prog_bar=True)
         self.log("accuracy", agreement(a, b, preferred).nanmean().nan_to_num(0.5), prog_bar=True)
