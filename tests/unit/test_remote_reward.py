@@ -138,7 +138,7 @@ def test_it_is_a_reward_like_any_other(address: str):
     total = (0.5 * there + Redness())(PICTURES, PROMPTS)
     assert torch.equal(total.total, (0.5 * Brightness() + Redness())(PICTURES, PROMPTS).total)
     with pytest.raises(ConfigError, match="Two rewards of a sum are called 'brightness'"):
-        there + Brightness()
+        _ = there + Brightness()
     named = Remote(address, "brightness", name="elsewhere")(PICTURES, PROMPTS)
     assert list(named.parts) == ["elsewhere"]
 
