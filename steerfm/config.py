@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from steerfm import zoo
 from steerfm.checking import SPECIAL, check, resolve
 from steerfm.errors import ConfigError, SteerfmError, nearest
+from steerfm.reward_plugins import plugins
 
 SHIPPED = "steerfm.recipes"
 
@@ -104,7 +105,7 @@ def compose(
     ./recipes; `trusted` are the packages of `--trust`. Raises ConfigError or TrustError, in one sentence.
     """
     library = Library(folders)
-    parsed, typed = _typed_reward(parse(overrides))
+    parsed, typed = _named_reward(parse(overrides), library)
     trusted = (*trusted, *typed)
     if trusted:
         import_from_here()
@@ -116,8 +117,9 @@ def compose(
 
 def preview(overrides: Sequence[str], *, folders: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Return a recipe as composed, with `???` where a value is missing; nothing is checked or built."""
-    parsed, _ = _typed_reward(parse(overrides))
-    _, composed = _with_overrides(None, parsed, Library(folders), ())
+    library = Library(folders)
+    parsed, _ = _named_reward(parse(overrides), library)
+    _, composed = _with_overrides(None, parsed, library, ())
     values = OmegaConf.to_container(composed, resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
@@ -232,11 +234,18 @@ def _is_group(path: Path) -> bool:
     return path.is_dir() and path.name != "demo" and any(path.rglob("*.yaml"))
 
 
-def _typed_reward(parsed: list[Override]) -> tuple[list[Override], list[str]]:
-    """Turn `reward=my_rewards:redness` into a target; whoever types a module trusts it."""
+def _named_reward(parsed: list[Override], library: Library) -> tuple[list[Override], list[str]]:
+    """Turn `reward=my_rewards:redness`, or the name of an installed package's reward, into a target.
+
+    Whoever types a module, or installed a package and types its name, trusts it.
+    """
     for i in range(len(parsed)):
         value = parsed[i].value() if not parsed[i].is_sweep_override() else None
-        if parsed[i].key_or_group == "reward" and isinstance(value, str) and ":" in value:
+        if parsed[i].key_or_group != "reward" or not isinstance(value, str):
+            continue
+        if ":" not in value and value not in library.options("reward") and value in plugins():
+            value = plugins()[value].value
+        if ":" in value:
             module, _, name = value.partition(":")
             import_from_here()
             is_class = inspect.isclass(resolve(f"{module}.{name}", [module]))

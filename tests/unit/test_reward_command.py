@@ -103,6 +103,19 @@ def test_a_package_is_checked_by_name(plugged, capsys):
     assert "'cold' on 8 pictures of (3, 8, 8): no fault" in printed
 
 
+def test_a_package_is_a_reward_of_any_recipe_by_name(plugged):
+    recipe = compose("steer", ["recipe=digits_steer", "map=map", "reward=cold"])
+    built = as_reward(recipe.build("reward"))
+    assert (built.name, built.native_range) == ("cold", (-1.0, 1.0))
+    recipe = compose("steer", ["recipe=digits_steer", "map=map", "reward=warmth"])
+    images = torch.rand(3, 3, 4, 4)
+    assert torch.equal(as_reward(recipe.build("reward"))(images, [""] * 3).total, -built(images, [""] * 3).total)
+    with pytest.raises(ConfigError, match=r"warm_rewards\.gone"):
+        compose("steer", ["recipe=digits_steer", "map=map", "reward=broken"])
+    with pytest.raises(ConfigError, match="reward has no option 'warmt'"):
+        compose("steer", ["recipe=digits_steer", "map=map", "reward=warmt"])
+
+
 def test_a_name_that_nobody_offers_is_one_sentence(plugged):
     with pytest.raises(ConfigError, match="No installed package offers a reward 'warmt'; did you mean 'warmth'"):
         load_reward("warmt")
