@@ -24,7 +24,7 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.paths import Path
 from steerfm.reward import as_reward
-from steerfm.solvers import ancestral, check_share, ddim, dpm_solver, euler, heun, shares
+from steerfm.solvers import ancestral, check_share, ddim, dpm_solver, euler, heun, noising
 from steerfm.times import as_grid
 from steerfm.types import Condition, Cost, Samples, State, Times, Values, unsqueeze_like
 
@@ -63,9 +63,8 @@ def renoised(
         r = (1 - gamma) * t
         x = flow_map.jump(x, s, r, condition)
         if r < t:
-            (alpha_r, sigma_r), (alpha_t, sigma_t) = shares(flow_map.path, r), shares(flow_map.path, t)
-            kept = alpha_t / alpha_r
-            x = kept * x + math.sqrt(sigma_t**2 - (kept * sigma_r) ** 2) * draw(i)
+            kept, std = noising(flow_map.path, r, t)
+            x = kept * x + std * draw(i)
     return x
 
 

@@ -111,6 +111,13 @@ def shares(path: Path, t: float) -> tuple[float, float]:
     return float(path.alpha(time)), float(path.sigma(time))
 
 
+def noising(path: Path, s: float, t: float) -> tuple[float, float]:
+    """Return (kept, std) of p(x_t | x_s) = N(kept x_s, std^2 I) for s <= t, the path's way back up to noise."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = shares(path, s), shares(path, t)
+    kept = alpha_t / alpha_s
+    return kept, math.sqrt(max(sigma_t**2 - (kept * sigma_s) ** 2, 0.0))
+
+
 def check_share(name: str, value: float) -> None:
     """Raise ConfigError unless `value` lies in [0, 1]."""
     if not 0 <= value <= 1:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from steerfm.errors import ConfigError
-from steerfm.paths import Path
-from steerfm.solvers import check_share, shares
+from steerfm.solvers import check_share, noising
 from steerfm.steering.argmax import Argmax, best_rows, found
 from steerfm.steering.common import Outcome, Run, check_counts
 from steerfm.times import time_grid
-from steerfm.types import State
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,6 @@ def _search(run: Run, beams: int, children: int, times: Sequence[float], below: 
         if t > 0:
             r = below(t)
             x = (clean if r == 0 else run.jump(x, s, r)).repeat_interleave(children, 0)
-            x = noise_up(run.flow_map.path, x, r, t, run.noise(beams * children, "step", i))
+            kept_share, std = noising(run.flow_map.path, r, t)
+            x = kept_share * x + std * run.noise(beams * children, "step", i)
     return found(clean[::beams])
-
-
-def noise_up(path: Path, x: State, r: float, t: float, noise: State) -> State:
-    """Return x_t ~ p(x_t | x_r) for r <= t, made with standard normal noise; all (B, *dim)."""
-    (alpha_r, sigma_r), (alpha_t, sigma_t) = shares(path, r), shares(path, t)
-    kept = alpha_t / alpha_r
-    return kept * x + math.sqrt(max(sigma_t**2 - (kept * sigma_r) ** 2, 0.0)) * noise

@@ -25,7 +25,7 @@ import torch
 from steerfm.errors import ConfigError
 from steerfm.flow_map import as_times
 from steerfm.sampling import Noise, squared_noise
-from steerfm.solvers import check_share, shares
+from steerfm.solvers import check_share, noising
 from steerfm.steering.common import Outcome, Run, alpha, check_counts, check_temperature
 from steerfm.steering.populations import Population, Populations
 from steerfm.times import time_grid
@@ -45,11 +45,12 @@ class SequentialMonteCarlo(Populations):
 
     particles: trajectories a pair. steps: of the base sampler. clean: what stands for x0 on the way, "look_ahead" or
     "posterior_mean". potential: see the module's text. strength: lambda at step i, "path" alpha(t), "constant" 1,
-    "geometric" 2^(i / steps) - 1, or "adaptive": for each population the largest whose step's conditional effective
-    sample size is `keep` of the particles, and none smaller than before. kernel: "renoised", a jump past the next
-    time to (1 - gamma) t and fresh noise, whose marginals are exact for any number of steps if the map is (with gamma
-    1 and the look-ahead one network call a step); or "sde", steps of the reverse-time SDE with `noise`. twisted:
-    propose around m + std^2 grad V, which needs a gradient. every: steps from one potential to the next.
+    "geometric" 2^(i / steps) - 1, or "adaptive": for each population the largest up to alpha(t) whose step's
+    conditional effective sample size is `keep` of the particles, and none smaller than before. kernel: "renoised", a
+    jump past the next time to (1 - gamma) t and fresh noise, whose marginals are exact for any number of steps if the
+    map is (with gamma 1 and the look-ahead one network call a step); or "sde", steps of the reverse-time SDE with
+    `noise`. twisted: propose around m + std^2 grad V, which needs a gradient. every: steps from one potential to the
+    next.
 
     Consistent as particles grow, for the base sampler as it runs, its guidance_scale included.
     """
@@ -60,7 +61,7 @@ class SequentialMonteCarlo(Populations):
     clean: Clean = "look_ahead"
     potential: Potential = "difference"
     strength: Strength = "path"
-    keep: float = 0.7
+    keep: float = 0.95
     kernel: Kernel = "renoised"
     gamma: float = 1.0
     noise: Noise = "gentle"
@@ -146,12 +147,13 @@ class SequentialMonteCarlo(Populations):
             factor = population.everyone(strength[:, None] * scaled.reshape(shape) - total.reshape(shape))
             return (2 * (weights + factor).logsumexp(1) - (weights + 2 * factor).logsumexp(1)).exp()
 
-        low, high = before, torch.ones_like(before)
+        highest = torch.full_like(before, alpha(run, s)).maximum(before)
+        low, high = before, highest
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             enough = share(middle) >= self.keep
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        return torch.where(share(torch.ones_like(before)) >= self.keep, 1.0, low)
+        return torch.where(share(highest) >= self.keep, highest, low)
 
     def _factor(self, V: Values, total: Values, tracked: Values) -> tuple[Values, Values]:
         """Return log G and what is tracked of V, each (B * P,)."""
@@ -182,9 +184,8 @@ class SequentialMonteCarlo(Populations):
             return run.jump(x, s, t) + (s - t) * drift, math.sqrt(float(g2[0]) * (s - t))
         r = (1 - self.gamma) * t
         ahead = clean if clean is not None and r == 0 and self.clean == "look_ahead" else run.jump(x, s, r)
-        (alpha_r, sigma_r), (alpha_t, sigma_t) = shares(path, r), shares(path, t)
-        kept = alpha_t / alpha_r
-        return kept * ahead, math.sqrt(sigma_t**2 - (kept * sigma_r) ** 2)
+        kept, std = noising(path, r, t)
+        return kept * ahead, std
 
 
 def _record(run: Run, population: Population, values: Values, clean: State) -> None:

@@ -16,7 +16,7 @@ from steerfm.reward import Reward
 from steerfm.sampling import few_jumps, prepare, renoised
 from steerfm.steering import BeamSearch, NoiseOptimisation, PathSearch, Steering, SuccessiveHalving, ZeroOrderSearch
 from steerfm.steering.argmax import best_rows
-from steerfm.steering.beam_search import noise_up
+from steerfm.solvers import noising
 from steerfm.steering.zero_order_search import turned
 from steerfm.types import Condition
 
@@ -198,14 +198,13 @@ def test_children_compete_over_all_beams_of_a_pair() -> None:
 @pytest.mark.parametrize("path", [Linear(), Trigonometric(), VariancePreserving()], ids=lambda p: type(p).__name__)
 def test_noise_keeps_the_paths_marginals(path: Path) -> None:
     """x_r = alpha_r x0 + sigma_r e becomes alpha_t x0, and variances add up to sigma_t^2."""
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for r, t in ((0.0, 0.3), (0.2, 0.5), (0.5, 0.5), (0.3, 1.0)):
         (alpha_r, sigma_r), (alpha_t, sigma_t) = (
             (path.alpha(time), path.sigma(time)) for time in torch.tensor([[r], [t]], dtype=torch.float64)
         )
-        assert torch.allclose(noise_up(path, alpha_r, r, t, zero), alpha_t)
-        carried, added = noise_up(path, sigma_r, r, t, zero), noise_up(path, zero, r, t, one)
-        assert torch.allclose(carried**2 + added**2, sigma_t**2)
+        kept, std = noising(path, r, t)
+        assert torch.allclose(kept * alpha_r, alpha_t)
+        assert torch.allclose((kept * sigma_r) ** 2 + std**2, sigma_t**2)
 
 
 # --- zero-order search ---
