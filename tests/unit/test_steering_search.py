@@ -14,9 +14,9 @@ from steerfm.errors import ConfigError
 from steerfm.paths import Linear, Path, Trigonometric, VariancePreserving
 from steerfm.reward import Reward
 from steerfm.sampling import few_jumps, prepare, renoised
+from steerfm.solvers import noising
 from steerfm.steering import BeamSearch, NoiseOptimisation, PathSearch, Steering, SuccessiveHalving, ZeroOrderSearch
 from steerfm.steering.argmax import best_rows
-from steerfm.solvers import noising
 from steerfm.steering.zero_order_search import turned
 from steerfm.types import Condition
 
