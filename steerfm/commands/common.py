@@ -36,6 +36,7 @@ NO_CONCERN = (
     ".*You passed in a `val_dataloader` but have no `validation_step`",
     ".*is smaller than the logging interval",
     ".*your dataloader is not resumable",  # it is: a batch is a function of the step
+    r".*module\(s\) in eval mode at the start of training",  # frozen ones, which stay so
     ".*Total length of `list` across ranks is zero",  # a recipe without validation
 )
 

@@ -67,7 +67,7 @@ class HuggingFaceData(StepDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.where = f"{path_or_id} ({split})"
-        table = _as_stored(_load(str(path_or_id), split, streaming, name, revision), image_column, self.where)
+        table = as_stored(load_table(str(path_or_id), split, streaming, name, revision), image_column, self.where)
         columns = _Columns(image_column, *_captions(table, caption_column, self.where))
         if streaming:
             self.pictures = _stream(table, columns, frame, self.where, shuffle_buffer, validation_size)
@@ -110,10 +110,11 @@ class _Columns:
 
     def entry(self, row: dict[str, Any], name: str) -> Entry:
         cell = row[self.image]
-        return Entry(lambda: _source(cell), self.text(row[self.caption]) if self.caption else "", name)
+        return Entry(lambda: source_of(cell), self.text(row[self.caption]) if self.caption else "", name)
 
 
-def _load(path_or_id: str, split: str, streaming: bool, name: str | None, revision: str | None) -> Any:
+def load_table(path_or_id: str, split: str, streaming: bool, name: str | None, revision: str | None) -> Any:
+    """Return a split of a data set on this machine or the hub. Raises DataError where it cannot be had."""
     import datasets
 
     path = Path(path_or_id)
@@ -133,7 +134,7 @@ def _load(path_or_id: str, split: str, streaming: bool, name: str | None, revisi
         ) from error
 
 
-def _as_stored(table: Any, column: str, where: str) -> Any:
+def as_stored(table: Any, column: str, where: str) -> Any:
     """Return the data set with its pictures as they are stored, so that the size is checked before decoding."""
     import datasets
 
@@ -152,7 +153,7 @@ def _as_stored(table: Any, column: str, where: str) -> Any:
     return table
 
 
-def _source(cell: Any) -> Source:
+def source_of(cell: Any) -> Source:
     """Return the bytes or the file of one picture; no bytes where the cell is empty."""
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if data is None and path and "://" in path:
@@ -200,7 +201,7 @@ def _gallery(
 ) -> Gallery:
     captions = [columns.text(value) for value in table[columns.caption]] if columns.caption else [""] * len(table)
     return Gallery(
-        lambda places: [_source(cell) for cell in table[list(places)][columns.image]],
+        lambda places: [source_of(cell) for cell in table[list(places)][columns.image]],
         [f"row {row}" for row in range(len(table))],
         captions,
         frame,

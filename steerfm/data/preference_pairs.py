@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from steerfm.data.batches import StepBatches, StepDataModule, epoch_indices, own_rows
 from steerfm.data.captions import one_line
 from steerfm.data.gallery import Gallery, check_sizes
-from steerfm.data.hub import _as_stored, _load, _source
+from steerfm.data.hub import as_stored, load_table, source_of
 from steerfm.data.pictures import Frame, Source
 from steerfm.errors import ConfigError, DataError, nearest
 from steerfm.images import to_unit
@@ -124,9 +124,9 @@ class HuggingFacePairs(StepDataModule):
         frame = Frame(size, channels, background=background, animated=animated, max_pixels=max_pixels)
         self.batch_size, self.seed = batch_size, seed
         where = f"{path_or_id} ({split})"
-        table = _load(str(path_or_id), split, False, name, revision)
+        table = load_table(str(path_or_id), split, False, name, revision)
         for column in (image_a, image_b):
-            table = _as_stored(table, column, where)
+            table = as_stored(table, column, where)
         for column in (prompt, preferred):
             if column not in table.features:
                 near = nearest(column, table.features) or "."
@@ -292,6 +292,6 @@ def _from_columns(table: Any, columns: tuple[str, str]) -> Callable[[Sequence[in
 
     def sources(places: Sequence[int]) -> list[Source]:
         rows = table[[place // 2 for place in places]]
-        return [_source(rows[columns[place % 2]][i]) for i, place in enumerate(places)]
+        return [source_of(rows[columns[place % 2]][i]) for i, place in enumerate(places)]
 
     return sources

@@ -15,7 +15,7 @@ TABLE = """
 errors types seeds distributed images paths times shapes building digits files http_client
 networks conditions derivatives optimizers
 flow_map
-analytic solvers sampling divergence reward features
+analytic solvers sampling divergence reward preferences features
 objectives backbones zoo metrics
 finetuning steering
 data modules callbacks reward_server
