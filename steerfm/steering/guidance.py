@@ -1,22 +1,151 @@
-"""Gradient guidance of the ODE, through the flow map's look-ahead or through the posterior mean."""
+"""Guidance: the reward's gradient, or what stands for it, added to the drift of one state a pair.
+
+With the value V_t(x) = log E[exp(r(x0) / temperature) | x_t = x] an extra reverse-time drift eta grad V of the ODE, or
+(eta + g^2/2) grad V of the SDE, leads to the tilt exactly. V is not known: r(F(x, t, 0)) or r(E[x0 | x_t]) stands for
+it, without weights that correct the result, which is biased.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
 
 from steerfm.errors import ConfigError
 from steerfm.flow_map import as_times
 from steerfm.paths import Path
+from steerfm.sampling import Noise, sde_step, squared_noise
+from steerfm.solvers import noising
 from steerfm.steering.common import Outcome, Run, Steering, check_counts, check_temperature
 from steerfm.times import time_grid
-from steerfm.types import State, Times, Values, unsqueeze_like
+from steerfm.types import Condition, State, Times, unsqueeze_like
 
 Clean = Literal["look_ahead", "posterior_mean"]
+Gradient = Literal["raw", "normalised"]
+Through = Literal["network", "identity"]
+
+
+class Push(NamedTuple):
+    """The extra drift in reverse time of the ODE, (B, *dim), and what is traced of the step by name, (B, ...)."""
+
+    drift: State
+    seen: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Guidance(Steering):
+    """Carry one state a pair from noise to data, pushed on the way; a subclass gives the push, eta grad V.
+
+    steps: of the sampler, each a jump followed by the push. window: the lowest and highest source time at which it
+    acts; elsewhere the reward is not asked. power: it is multiplied by t^power. noise: None for the ODE, else the
+    noise of the SDE, "gentle" or "memoryless". repeats: how often a step in the window is taken, with fresh noise
+    back up in between (time travel: Lugmayr et al. 2022, arXiv 2201.09865; Bansal et al. 2023, arXiv 2302.07121).
+    """
+
+    steps: int = 32
+    temperature: float = 0.1
+    _: KW_ONLY
+    window: tuple[float, float] = (0.0, 1.0)
+    power: float = 0.0
+    noise: Noise | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(steps=self.steps, repeats=self.repeats)
+        check_temperature(self.temperature)
+        check_window(self.window)
+        if self.noise is not None:
+            check_option("noise", self.noise, get_args(Noise))
+
+    def push(self, run: Run, x: State, t: float, step: float, draw: int) -> Push:
+        """Return the push at time t; step: how far the sampler then goes; draw: a number that no other call has."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method push(self, run, x, t, step, draw) -> Push.")
+
+    def steer(self, run: Run) -> Outcome:
+        """Carry the states."""
+        x = run.noise()
+        for i, s, t in run.steps(time_grid(self.steps)):
+            if not self.window[0] <= s <= self.window[1]:
+                x = self._step(run, x, torch.zeros_like(x), s, t, i * self.repeats)
+                continue
+            push = None
+            for draw in range(i * self.repeats, (i + 1) * self.repeats):
+                if push is not None:
+                    kept, std = noising(run.flow_map.path, t, s)
+                    x = kept * x + std * run.noise(1, "step", 2 * draw + 1)
+                push = self.push(run, x, s, s - t, draw)
+                x = self._step(run, x, s**self.power * push.drift, s, t, draw)
+            if push is not None:
+                run.record(**push.seen)
+        return Outcome(x, note="temperature is nominal: guidance without weights is biased")
+
+    def _step(self, run: Run, x: State, drift: State, s: float, t: float, draw: int) -> State:
+        """Jump from s to t and add the push; in the SDE also the score's drift and the noise, but for the last step."""
+        x_next = run.jump(x, s, t) + (s - t) * drift
+        if self.noise is None or t == 0:
+            return x_next
+        times, path = as_times(s, x), run.flow_map.path
+        g2 = squared_noise(path, times, s - t, self.noise)
+        share = g2 * path.alpha(times) / (2 * path.sigma_determinant(times))  # g^2/2 over eta, 0 where eta is infinite
+        score = path.score(x, run.velocity(x, s), times)
+        more = unsqueeze_like(g2 / 2, x) * score + unsqueeze_like(share, x) * drift
+        return sde_step(x_next, more, g2, s - t, run.noise(1, "step", 2 * draw)).x_next
+
+
+@dataclass(frozen=True)
+class LookAheadGuidance(Guidance):
+    """Push along the gradient of r(clean(x_t)) / temperature.
+
+    clean: "look_ahead", F(x, t, 0), or "posterior_mean", E[x0 | x_t] (diffusion posterior sampling, Chung et al. 2022,
+    arXiv 2209.14687). gradient: "raw", or "normalised": each sample's is scaled to a root mean square of 1, and the
+    temperature is what divides that. through: "network" differentiates the map, "identity" takes its output as
+    constant, which saves the backward pass through it. The other options are `Guidance`'s. No weights correct the
+    drift, so the result is biased: the temperature is a strength in the tilt's units. Needs a differentiable reward.
+    Reference: Sabour et al. 2025, arXiv 2511.22688 (look-ahead).
+    """
+
+    clean: Clean = "look_ahead"
+    _: KW_ONLY
+    gradient: Gradient = "raw"
+    through: Through = "network"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("clean", self.clean, get_args(Clean))
+        check_option("gradient", self.gradient, get_args(Gradient))
+        check_option("through", self.through, get_args(Through))
+
+    @property
+    def needs_gradient(self) -> bool:
+        return True
+
+    def push(self, run: Run, x: State, t: float, step: float, draw: int) -> Push:
+        def predict(x: State, condition: Condition | None) -> State:
+            return self._predict(run, x, t, condition)
+
+        clean, values, gradient = run.reward_gradient(x, predict)
+        gradient = normalised(gradient) if self.gradient == "normalised" else gradient
+        strength = guidance_strength(run.flow_map.path, as_times(t, x), step, self.clean)
+        drift = unsqueeze_like(strength / self.temperature, x) * gradient
+        return Push(drift, {"reward": values, "look_ahead": clean})
+
+    def _predict(self, run: Run, x: State, t: float, condition: Condition | None) -> State:
+        """Return the clean prediction; with a constant network dF/dx is 1 and dE[x0 | x_t]/dx sigma' / d."""
+        flow_map = run.flow_map
+        clean = flow_map.look_ahead if self.clean == "look_ahead" else flow_map.denoise
+        if self.through == "network":
+            return clean(x, t, condition)
+        time = as_times(t, x)
+        path = flow_map.path
+        slope = torch.ones_like(time) if self.clean == "look_ahead" else path.sigma_dot(time) / path.determinant(time)
+        return clean(x.detach(), t, condition).detach() + unsqueeze_like(slope, x) * (x - x.detach())
 
 
 def guidance_strength(path: Path, t: Times, step: float, clean: Clean) -> Times:
-    """Return the factor of the reward's gradient in the reverse-time drift; (B,).
+    """Return the factor of the reward's gradient in the reverse-time drift of the ODE; (B,).
 
     Look-ahead: V_t = alpha r(F(x, t, 0)) and a drift of eta grad V give eta alpha = sigma d (linear: t).
     Posterior mean: V_t = r(E[x0 | x_t]), hence eta (linear: t / (1 - t)), its pole at t = 1 moved out by one
@@ -27,44 +156,19 @@ def guidance_strength(path: Path, t: Times, step: float, clean: Clean) -> Times:
     return path.memoryless_noise(t, step) / 2
 
 
-@dataclass(frozen=True)
-class LookAheadGuidance(Steering):
-    """Add the gradient of r(clean(x_t)) / temperature to the reverse-time drift of the ODE.
+def normalised(gradient: State) -> State:
+    """Return each sample's gradient at a root mean square of 1; one that is 0 stays 0."""
+    square = gradient.flatten(1).square().mean(1)
+    return gradient * unsqueeze_like(torch.where(square > 0, square, 1).rsqrt(), gradient)
 
-    steps: steps of the sampler, each a jump followed by the guidance's drift. clean: "look_ahead", F(x, t, 0),
-    or "posterior_mean", E[x0 | x_t] (diffusion posterior sampling, Chung et al. 2022, arXiv 2209.14687). No
-    weights correct the drift, so the result is biased: the temperature is a strength in the tilt's units.
-    Needs a differentiable reward. Reference: Sabour et al. 2025, arXiv 2511.22688 (look-ahead).
-    """
 
-    steps: int = 32
-    temperature: float = 0.1
-    clean: Clean = "look_ahead"
+def check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the value is one of those known."""
+    if value not in known:
+        raise ConfigError(f"{name} is {' or '.join(repr(each) for each in known)}, got '{value}'.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(steps=self.steps)
-        check_temperature(self.temperature)
-        if self.clean not in ("look_ahead", "posterior_mean"):
-            raise ConfigError(f"clean is 'look_ahead' or 'posterior_mean', got '{self.clean}'.")
 
-    @property
-    def needs_gradient(self) -> bool:
-        return True
-
-    def steer(self, run: Run) -> Outcome:
-        """Carry one state a pair from noise to data."""
-        x = run.noise()
-        for _, s, t in run.steps(time_grid(self.steps)):
-            clean, values, drift = self._drift(run, x, s, s - t)
-            run.record(reward=values, look_ahead=clean)
-            x = run.jump(x, s, t) + (s - t) * drift
-        return Outcome(x, note="temperature is nominal: guidance without weights is biased")
-
-    def _drift(self, run: Run, x: State, t: float, step: float) -> tuple[State, Values, State]:
-        """Return the clean prediction, its reward (B,) and guidance's share of the reverse-time drift."""
-        flow_map = run.flow_map
-        predict = flow_map.look_ahead if self.clean == "look_ahead" else flow_map.denoise
-        clean, values, gradient = run.reward_gradient(x, lambda x, condition: predict(x, t, condition))
-        strength = guidance_strength(flow_map.path, as_times(t, x), step, self.clean)
-        return clean, values, unsqueeze_like(strength / self.temperature, x) * gradient
+def check_window(window: tuple[float, float]) -> None:
+    """Raise ConfigError unless the window is two times that rise within [0, 1]."""
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise ConfigError(f"window is two times, the lowest and the highest, within [0, 1]; got {list(window)}.")

@@ -27,7 +27,19 @@ from steerfm.errors import ConfigError, RewardError
 from steerfm.paths import Linear, Path, Trigonometric, VariancePreserving
 from steerfm.reward import Reward
 from steerfm.sampling import prepare
-from steerfm.steering import Watch, guidance
+from steerfm.steering import (
+    BeamSearch,
+    FlowMapControl,
+    Glass,
+    NoiseOptimisation,
+    NoiseSampling,
+    PathSearch,
+    PosteriorDrawGuidance,
+    SuccessiveHalving,
+    Watch,
+    ZeroOrderSearch,
+    guidance,
+)
 from steerfm.steering.common import Run
 from steerfm.steering.populations import draw_by_weight
 from steerfm.types import Cost, Samples
@@ -115,10 +127,10 @@ def test_guidance_is_the_closed_form_gradient(scale: float, t: float) -> None:
             method = LookAheadGuidance(50, 0.4, clean)  # type: ignore[arg-type]
             reward = Linearly(A)
             run = Run(flow_map, reward, prepare(flow_map, [""] * 5, range(5)), Cost, Watch())
-            _, values, found = method._drift(run, x, t, h)
-            assert (found - drift).abs().max() < 1e-8
+            push = method.push(run, x, t, h, 0)
+            assert (push.drift - drift).abs().max() < 1e-8
             predict = flow_map.look_ahead if clean == "look_ahead" else flow_map.denoise
-            assert torch.allclose(values, predict(x, t) @ a)
+            assert torch.allclose(push.seen["reward"], predict(x, t) @ a)
 
 
 class Linearly(Reward):
@@ -241,7 +253,21 @@ def test_a_population_never_mixes_and_does_not_know_its_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [Unsteered("sde", 6), BestOfN(3, 2, 0.1), LookAheadGuidance(6), FlowMapTilting(4, 6)]
+    "method",
+    [
+        Unsteered("sde", 6),
+        BestOfN(3, 2, 0.1),
+        LookAheadGuidance(6),
+        FlowMapControl(6),
+        PosteriorDrawGuidance(6, count=2, draws=Glass(2)),
+        FlowMapTilting(4, 6),
+        BeamSearch(2, 2, 3),
+        NoiseOptimisation(1, 4),
+        NoiseSampling(3, warm_up=2, iterations=2),
+        PathSearch(2, 2),
+        SuccessiveHalving(4),
+        ZeroOrderSearch(3, 3),
+    ],
 )
 def test_samples_depend_on_their_own_seed_alone(method: Any) -> None:
     flow_map = digit_map()
@@ -326,9 +352,19 @@ def test_cost_counts_forward_backward_and_rewards() -> None:
     assert cost(Unsteered("jumps", 4), flow_map.with_guidance(2.0)) == (8, 0, 0)
 
 
-@pytest.mark.parametrize("method", [LookAheadGuidance(2), FlowMapTilting(2, 2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        LookAheadGuidance(2),
+        FlowMapControl(2),
+        PosteriorDrawGuidance(2, count=2, draws=Glass(2), gradient="raw"),
+        FlowMapTilting(2, 2),
+        NoiseOptimisation(),
+        NoiseSampling(),
+    ],
+)
 def test_gradient_methods_say_what_would_do_for_a_black_box(method: Any) -> None:
-    with pytest.raises(RewardError, match=r"'black_box' has no gradient, and \w+ needs one\. Use BestOfN"):
+    with pytest.raises(RewardError, match=r"'black_box' has no gradient, and \w+ needs one\. Use .*BestOfN"):
         method(gaussian_map(MEAN, 1.0), BlackBox(), seeds=[0])
     with pytest.raises(RewardError, match="'detached' gave values without a gradient"):
         method(gaussian_map(MEAN, 1.0), detached, seeds=[0])
@@ -345,7 +381,18 @@ def kinked(points: Tensor, prompts: Any) -> Tensor:
     return (points - points.detach()).abs().sum(1).sqrt()
 
 
-@pytest.mark.parametrize("method", [BestOfN(3, 1), LookAheadGuidance(2), FlowMapTilting(3, 2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        BestOfN(3, 1),
+        LookAheadGuidance(2),
+        FlowMapControl(2),
+        FlowMapTilting(3, 2),
+        BeamSearch(),
+        NoiseOptimisation(),
+        NoiseSampling(),
+    ],
+)
 def test_broken_rewards_are_named(method: Any) -> None:
     def broken(points: Tensor, prompts: Any) -> Tensor:
         return points[:, 0] / (torch.arange(len(points)) != 1)
@@ -368,7 +415,7 @@ def lambda_named(name: str, function: Callable[..., Tensor]) -> Reward:
     return FunctionReward(function, name)
 
 
-@pytest.mark.parametrize("kind", [BestOfN, LookAheadGuidance, FlowMapTilting])
+@pytest.mark.parametrize("kind", [BestOfN, LookAheadGuidance, FlowMapTilting, NoiseSampling, PosteriorDrawGuidance])
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
 def test_temperatures_must_be_positive(kind: Any, temperature: float) -> None:
     with pytest.raises(ConfigError, match=f"temperature must be positive, got {temperature}: it divides the reward"):

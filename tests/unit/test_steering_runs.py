@@ -16,9 +16,12 @@ from steerfm.images import to_model, to_unit
 from steerfm.steering import (
     BeamSearch,
     Budget,
+    FlowMapControl,
+    Glass,
     NoiseOptimisation,
     NoiseSampling,
     PathSearch,
+    PosteriorDrawGuidance,
     Progress,
     Steering,
     SuccessiveHalving,
@@ -30,10 +33,13 @@ from steerfm.types import Samples
 PROMPTS, SEEDS = ["a handwritten two", "", "a handwritten six"], [5, 1, 5]
 METHODS = [BestOfN, FlowMapTilting, LookAheadGuidance]
 METHODS += [BeamSearch, NoiseOptimisation, NoiseSampling, PathSearch, SuccessiveHalving, ZeroOrderSearch]
-SMALL: dict[type, dict[str, float]] = {
+METHODS += [FlowMapControl, PosteriorDrawGuidance]
+SMALL: dict[type, dict[str, Any]] = {
     BestOfN: {"n": 6, "jumps": 2},
     FlowMapTilting: {"particles": 5, "jumps": 6},
     LookAheadGuidance: {"steps": 6},
+    FlowMapControl: {"steps": 6},
+    PosteriorDrawGuidance: {"steps": 6, "count": 4, "draws": Glass(2)},
     BeamSearch: {"beams": 2, "children": 2, "steps": 6},
     NoiseOptimisation: {"iterations": 6},
     NoiseSampling: {"particles": 3, "warm_up": 2, "iterations": 3},
@@ -73,7 +79,7 @@ def test_micro_batches_bound_the_rows_and_change_nothing(kind: type[Steering], s
     assert found.cost.network_calls == expected.cost.network_calls
     for name, values in expected.trace.items():
         assert torch.allclose(found.trace[name], values, atol=1e-9)
-    one_row = kind in (LookAheadGuidance, NoiseOptimisation)  # a pair; and the end is scored whole
+    one_row = kind in (LookAheadGuidance, NoiseOptimisation, FlowMapControl)  # a pair; and the end is scored whole
     assert parts.largest <= max(size, len(SEEDS)) < whole.largest or one_row
 
 
