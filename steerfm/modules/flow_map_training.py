@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from steerfm.conditions.guidance import with_scale
+from steerfm.conditions.sight import sight
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest, configure, require_finite, save_averaged, step_generator
@@ -41,8 +42,10 @@ class FlowMapTraining(lightning.LightningModule):
     flow_matching_steps are over; 1 is none. (low, high): each row learns a scale between them, drawn evenly in its
     logarithm, and a network built with guidance_input reads it. It needs prompt_dropout.
     optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
-    in training, which depends on (seed, step, process) alone. compile: work the losses out by torch.compile, in
-    training alone; what it cannot do, or does wrong, runs as it is, and a log line says so.
+    in training, which depends on (seed, step, process) alone. sighted: every row is told a noisy state x_t of its own
+    x0, t uniform on [0, 1], so that the map learns to draw x0 given x_t (`steerfm.conditions.sight`). compile: work
+    the losses out by torch.compile, in training alone; what it cannot do, or does wrong, runs as it is, and a log line
+    says so.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class FlowMapTraining(lightning.LightningModule):
         seed: int = 0,
         diagonal: Objective | None = None,
         compile: bool = False,
+        *,
+        sighted: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
@@ -80,6 +85,10 @@ class FlowMapTraining(lightning.LightningModule):
                 f"guidance={guidance} is learnt on the diagonal, and the tangent that {type(objective).__name__} takes "
                 "is not guided: use velocity='self', or another rule."
             )
+        if sighted and guided:
+            raise ConfigError(
+                "A map that is told what to see learns no guidance with it: guidance=1, or sighted=False."
+            )
         self.flow_map = flow_map.train()
         self.objective = objective or Lagrangian()
         self.times = times or Triangle()
@@ -97,6 +106,7 @@ class FlowMapTraining(lightning.LightningModule):
         self.prompt_dropout = prompt_dropout
         self.guidance = scales
         self.seed = seed
+        self.sighted = sighted
         self._compiler = Compiler(self.parameters) if compile else None
         self._followed = 0  # the optimiser step up to which the companions have followed
 
@@ -138,6 +148,8 @@ class FlowMapTraining(lightning.LightningModule):
         condition = self._condition(batch["prompt"], generator)
         if condition is not None and getattr(flow_map.network, "guidance_input", False) and not self._starting:
             condition = self._with_scales(condition, generator)
+        if self.sighted:
+            condition = self._with_sight(condition, x0, generator)
         losses = []
         if rows:
             on = slice(rows)
@@ -164,6 +176,11 @@ class FlowMapTraining(lightning.LightningModule):
     def _with_scales(self, condition: Condition, generator: torch.Generator) -> Condition:
         low, high = self.guidance
         return with_scale(condition, low * (high / low) ** torch.rand(len(condition), generator=generator))
+
+    def _with_sight(self, condition: Condition | None, x0: State, generator: torch.Generator) -> Condition:
+        t = torch.rand(len(x0), generator=generator).to(x0)
+        x_t = self.flow_map.path.interpolate(x0, torch.randn(x0.shape, generator=generator).to(x0), t)
+        return sight(self.flow_map.path, x_t, t, condition)
 
     def _run(self, function: Objective, *arguments: Any) -> Values:
         if self._compiler is None or not self.training:  # validation has shapes of its own, and few batches
