@@ -388,9 +388,9 @@ def kinked(points: Tensor, prompts: Any) -> Tensor:
         LookAheadGuidance(2),
         FlowMapControl(2),
         FlowMapTilting(3, 2),
-        BeamSearch(),
+        BeamSearch(1, 3),
         NoiseOptimisation(),
-        NoiseSampling(),
+        NoiseSampling(3),
     ],
 )
 def test_broken_rewards_are_named(method: Any) -> None:
