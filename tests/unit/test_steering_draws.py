@@ -244,15 +244,15 @@ def test_the_gradient_through_draws_is_exact_for_linear_rewards() -> None:
 
 @pytest.mark.parametrize("sigma", [0.2, 1.0])
 def test_more_draws_come_nearer_to_the_tilt(sigma: float, record_property: Callable[..., None]) -> None:
-    """Sliced W2 on the mixture of MATHS.md section 6, gradient-free: 0.72, 0.26 and 0.42, 0.22 for 4 and 16 draws."""
+    """Gradient-free with exact draws on the mixture of MATHS.md section 6, where 16 have sliced W2 0.26 and 0.22."""
     reward, found = mixture_reward(sigma), []
-    for count in (4, 16):
-        method = PosteriorDrawGuidance(40, 1.0, count, draws=ExactDraws())
+    for count in (2, 16):
+        method = PosteriorDrawGuidance(25, 1.0, count, draws=ExactDraws())
         out = method(mixture_map(), reward, seeds=range(1024))
         found.append(distance_to_tilt(out.x0, torch.zeros(1024), three_balls().tilt(reward), 0))
-    record_property(f"sliced W2 of 4 and 16 draws at sigma = {sigma}", found)
-    assert found[1] < 0.75 * found[0]
-    assert found[1] < 0.5
+    record_property(f"sliced W2 of 2 and 16 draws at sigma = {sigma}", found)
+    assert found[1] < 0.6 * found[0]
+    assert found[1] < 0.3
 
 
 def test_draws_that_say_nothing_are_refused() -> None:
@@ -318,9 +318,9 @@ def test_the_sde_moves_a_gaussian_to_its_tilt(path: Path, noise: Literal["gentle
     """The posterior mean is exact for linear rewards on Gaussians, in the SDE as in the ODE: mean and variance."""
     flow_map = analytic_flow_map(GaussianMixture([MEAN], [0.49]), path, steps=1, order=3)
     method = LookAheadGuidance(40, 0.5, "posterior_mean", noise=noise)
-    out = method(flow_map, QuadraticReward.linear(A), seeds=range(1000))
-    assert (out.x0.mean(0) - tensor(*MEAN) - 0.49 * tensor(*A) / 0.5).abs().max() < 4 * 0.7 / 1000**0.5 + 0.08
-    assert (out.x0.var(0) - 0.49).abs().max() < 4 * 0.49 * (2 / 1000) ** 0.5 + 0.03
+    out = method(flow_map, QuadraticReward.linear(A), seeds=range(500))
+    assert (out.x0.mean(0) - tensor(*MEAN) - 0.49 * tensor(*A) / 0.5).abs().max() < 4 * 0.7 / 500**0.5 + 0.08
+    assert (out.x0.var(0) - 0.49).abs().max() < 4 * 0.49 * (2 / 500) ** 0.5 + 0.03
 
 
 def test_guidance_asks_for_nothing_outside_its_window() -> None:
