@@ -242,10 +242,12 @@ def finish(flow_map: FlowMap, task: Task, x0: State, reward: Any, cost: Cost, **
 
 
 @contextmanager
-def measure(flow_map: FlowMap, reward: nn.Module | None, returned: int) -> Iterator[Callable[[], Cost]]:
+def measure(
+    flow_map: FlowMap, reward: nn.Module | None, returned: int, others: Sequence[FlowMap] = ()
+) -> Iterator[Callable[[], Cost]]:
     """Count what happens inside the block, per returned sample; call the yielded function for the Cost.
 
-    Every row through the network counts one, every row back through it two; every scored picture one reward
+    Every row through the map's network, and those of other maps, counts one, every row back through it two; every scored picture one reward
     call, every back-propagated one a reward gradient. Recomputed forward passes count, as they cost.
     """
     counts = {"network": 0, "calls": 0, "gradients": 0}
@@ -263,7 +265,8 @@ def measure(flow_map: FlowMap, reward: nn.Module | None, returned: int) -> Itera
         if scores.total.requires_grad:
             scores.total.register_hook(lambda gradient: add("gradients", len(gradient)))
 
-    handles = [flow_map.network.register_forward_hook(network_hook)]
+    networks = dict.fromkeys(each.network for each in (flow_map, *others))
+    handles = [network.register_forward_hook(network_hook) for network in networks]
     if reward is not None:
         handles.append(reward.register_forward_hook(reward_hook))
     start = _finished(flow_map.device)

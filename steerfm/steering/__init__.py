@@ -8,7 +8,7 @@ from steerfm.steering.guidance import LookAheadGuidance
 from steerfm.steering.monte_carlo import SequentialMonteCarlo
 from steerfm.steering.noise_optimisation import NoiseOptimisation
 from steerfm.steering.noise_sampling import NoiseSampling
-from steerfm.steering.posterior import Glass, Renoised
+from steerfm.steering.posterior import Glass, Renoised, Sighted
 from steerfm.steering.posterior_guidance import PosteriorDrawGuidance
 from steerfm.steering.successive_halving import SuccessiveHalving
 from steerfm.steering.tilting import FlowMapTilting
@@ -29,6 +29,7 @@ __all__ = [
     "Progress",
     "Renoised",
     "SequentialMonteCarlo",
+    "Sighted",
     "Steering",
     "SuccessiveHalving",
     "Watch",

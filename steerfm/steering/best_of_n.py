@@ -9,6 +9,7 @@ import torch
 
 from steerfm.flow_map import FlowMap
 from steerfm.sampling import few_jumps
+from steerfm.steering.argmax import NOTE
 from steerfm.steering.common import Outcome, Run, Steering, check_counts, check_temperature, pick
 from steerfm.steering.populations import draw_by_weight, log_mean_exp
 from steerfm.types import Condition, State
@@ -46,8 +47,7 @@ class BestOfN(Steering):
         if self.temperature is None:
             chosen = values.argmax(1)
             log_weights = torch.nn.functional.one_hot(chosen, values.shape[1]).to(values).log()
-            note = "argmax selection: no temperature, its target is not a tilt"
-            return Outcome(pick(particles.flatten(0, 1), chosen), log_weights, particles, note=note)
+            return Outcome(pick(particles.flatten(0, 1), chosen), log_weights, particles, note=NOTE)
         log_weights = values.double() / self.temperature
         chosen = draw_by_weight(log_weights, run.seeds)
         evidence = log_mean_exp(log_weights)

@@ -99,6 +99,11 @@ class Steering:
         """Whether the reward must have a gradient."""
         return False
 
+    @property
+    def maps(self) -> Sequence[FlowMap]:
+        """Flow maps of its own, beside the one that is steered; none for most."""
+        return ()
+
     def __post_init__(self) -> None:
         check_counts(**({} if self.micro_batch is None else {"micro_batch": self.micro_batch}))
 
@@ -121,7 +126,8 @@ class Steering:
         """
         reward = ready_reward(reward, self)
         task = prepare(flow_map, prompts, seeds, condition)
-        with measure(flow_map, reward, len(task.seeds)) as cost:
+        others = [each.to(flow_map.device).eval() for each in self.maps]
+        with measure(flow_map, reward, len(task.seeds), others) as cost:
             run = Run(flow_map, reward, task, cost, watch or Watch(), self.micro_batch, getattr(self, "split", False))
             found = self.steer(run)
             spent = run.spent()

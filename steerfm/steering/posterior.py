@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from steerfm.conditions.sight import sight
 from steerfm.errors import ConfigError
-from steerfm.flow_map import FlowMap
+from steerfm.flow_map import FlowMap, as_times
 from steerfm.paths import Path
+from steerfm.sampling import few_jumps
 from steerfm.solvers import shares
 from steerfm.steering.common import check_counts
 from steerfm.times import time_grid
@@ -31,24 +34,33 @@ Solver = Literal["heun", "euler"]
 HALVINGS = 60  # of [0, 1] in which a time is sought
 
 
-class Draws(Protocol):
+class Draws:
     """Draw x0 given x_t = x, a row for every row of x and of standard normal noise like it; t > 0.
 
-    weighted: whether `log_weights`, (rows,) and up to a constant, differ between the draws of one x.
+    weighted: whether `log_weights`, (rows,) and up to a constant, differ between the draws of one x. maps: flow maps of
+    its own, whose calls count too.
     """
 
-    @property
-    def weighted(self) -> bool: ...
+    weighted: bool = False
 
-    def draw(self, flow_map: FlowMap, x: State, t: float, noise: State, condition: Condition | None) -> State: ...
+    @property
+    def maps(self) -> Sequence[FlowMap]:
+        """Flow maps beside the one that is steered; none for most."""
+        return ()
+
+    def draw(self, flow_map: FlowMap, x: State, t: float, noise: State, condition: Condition | None) -> State:
+        """Return x0, (rows, *dim)."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method draw(flow_map, x, t, noise, condition).")
 
     def log_weights(
         self, flow_map: FlowMap, x: State, t: float, noise: State, x0: State, condition: Condition | None
-    ) -> Values: ...
+    ) -> Values:
+        """Return the logarithms of the draws' weights, (rows,)."""
+        return x.new_zeros(len(x))
 
 
 @dataclass(frozen=True)
-class Glass:
+class Glass(Draws):
     """Draw by GLASS; see `glass`. One Euler step returns the posterior mean whatever the noise, and is refused."""
 
     steps: int = 8
@@ -61,21 +73,12 @@ class Glass:
         if self.steps == 1:
             raise ConfigError("One inner step to data returns the posterior mean, not a draw: steps must be 2 or more.")
 
-    @property
-    def weighted(self) -> bool:
-        return False
-
     def draw(self, flow_map: FlowMap, x: State, t: float, noise: State, condition: Condition | None) -> State:
         return glass(flow_map, x, t, noise, condition, steps=self.steps, solver=self.solver)
 
-    def log_weights(
-        self, flow_map: FlowMap, x: State, t: float, noise: State, x0: State, condition: Condition | None
-    ) -> Values:
-        return x.new_zeros(len(x))
-
 
 @dataclass(frozen=True)
-class Renoised:
+class Renoised(Draws):
     """Draw by noise and a jump, see `renoised_draws`, with their weights or, biased, without.
 
     ratio: of the signal-to-noise ratios at t and where the jump starts, above 1. In many dimensions the weights
@@ -98,6 +101,29 @@ class Renoised:
         if not self.weighted:
             return x.new_zeros(len(x))
         return renoised_log_weights(flow_map, x, t, noise, x0, condition, ratio=self.ratio)
+
+
+@dataclass(frozen=True)
+class Sighted(Draws):
+    """Draw in `jumps` jumps of a map that has learnt to, by FlowMapTraining(sighted=True): a Meta Flow Map.
+
+    flow_map: of the same data, path and prompts as the one that is steered. As good as it was learnt, and the only
+    draws that cost one call. Reference: Potaptchik et al. 2026, arXiv 2601.14430.
+    """
+
+    flow_map: FlowMap
+    jumps: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts(jumps=self.jumps)
+
+    @property
+    def maps(self) -> Sequence[FlowMap]:
+        return (self.flow_map,)
+
+    def draw(self, flow_map: FlowMap, x: State, t: float, noise: State, condition: Condition | None) -> State:
+        told = sight(flow_map.path, x, as_times(t, x), condition)
+        return few_jumps(self.flow_map, noise, self.jumps, told)
 
 
 def glass(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from steerfm.distributed import effective_sample_size
 from steerfm.errors import ConfigError
-from steerfm.flow_map import as_times
+from steerfm.flow_map import FlowMap, as_times
 from steerfm.steering.common import Run, best, check_counts
 from steerfm.steering.guidance import Guidance, Push, check_option, guidance_strength, normalised
 from steerfm.steering.posterior import Draws, Glass, gradient_free_drift, posterior_value, value_gradient
@@ -23,11 +24,11 @@ Gradient = Literal["none", "raw", "normalised"]
 class PosteriorDrawGuidance(Guidance):
     """Push along grad V, estimated from M draws of x0 given x_t at every step.
 
-    draws: how, `Glass` or `Renoised`. count: M, at least 2 without a gradient. gradient: "none" compares the mean of
-    the draws by exp(r / temperature) with their plain mean, and needs no gradient of the reward; "raw" differentiates
-    the reward of every draw; "normalised" scales the result for each sample to a root mean square of 1 (over the
-    temperature). The other options are `Guidance`'s. With exact draws the tilt is met as count and steps grow: the
-    bias is O(1 / M), so the temperature is nominal. Costs count times what a draw costs at every step.
+    draws: how, `Glass`, `Renoised` or `Sighted`. count: M, at least 2 without a gradient. gradient: "none" compares
+    the mean of the draws by exp(r / temperature) with their plain mean, and needs no gradient of the reward; "raw"
+    differentiates the reward of every draw; "normalised" scales the result for each sample to a root mean square of 1
+    (over the temperature). The other options are `Guidance`'s. With exact draws the tilt is met as count and steps
+    grow: the bias is O(1 / M), so the temperature is nominal. Costs count times what a draw costs at every step.
 
     Traced: the mean reward of the draws, the value V, and `effective_draws`, how many of M the mean rests on.
     References: Potaptchik et al. 2026, arXiv 2601.14430; Holderrieth et al. 2026, arXiv 2602.05993.
@@ -56,6 +57,10 @@ class PosteriorDrawGuidance(Guidance):
     @property
     def needs_gradient(self) -> bool:
         return self.gradient != "none"
+
+    @property
+    def maps(self) -> Sequence[FlowMap]:
+        return self.draws.maps
 
     def push(self, run: Run, x: State, t: float, step: float, draw: int) -> Push:
         pairs, path, time = len(x), run.flow_map.path, as_times(t, x)

@@ -35,7 +35,7 @@ from steerfm.objectives import (
     Total,
 )
 from steerfm.reward import as_reward
-from steerfm.steering import FlowMapTilting
+from steerfm.steering import FlowMapTilting, NoiseSampling
 
 ROWS = 8  # of the global batch
 SPLIT = 3  # where the uneven rows of `functions` are divided
@@ -188,9 +188,16 @@ def tilting() -> Iterator[tuple[str, Tensor]]:
     assert out.log_weights is not None
     yield "own/tilting/x0", out.x0
     yield "own/tilting/log_weights", out.log_weights
+    chains = NoiseSampling(5, warm_up=3, iterations=3, temperature=0.05, split=True)
+    out = chains(network, reward, prompts=CAPTIONS[2:4], seeds=[3, 4])
+    assert out.particles is not None
+    yield "split/chains/particles", out.particles
     for resampling in ("systematic", "stratified"):  # particles are divided: three and two, one resampling for all
         method = FlowMapTilting(5, 6, temperature=0.05, resampling=resampling, split=True, resample_below=0.9)
         out = method(network, reward, prompts=CAPTIONS[2:4], seeds=[3, 4])
+        assert out.particles is not None
+        assert out.log_weights is not None
+        assert out.log_evidence is not None
         yield f"split/{resampling}/x0", out.x0
         yield f"split/{resampling}/particles", out.particles
         yield f"split/{resampling}/log_weights", out.log_weights

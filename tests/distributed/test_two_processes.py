@@ -69,11 +69,23 @@ def test_what_is_gathered_is_everything_on_both(one: dict[str, Tensor], two: lis
 
 def test_own_rows_join_to_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     names = [name for name in one if name.startswith("own/")]
-    assert len(names) == 11
+    assert len(names) == 8
     for name in names:
         assert torch.allclose(torch.cat([found[name] for found in two]), one[name], rtol=1e-12, atol=1e-12), name
         divided = [2, 3] if "tilting" in name else [3, 5]
         assert [len(found[name]) for found in two] == divided
+
+
+def test_split_particles_are_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
+    """Both processes return the whole populations, and charge all of their particles."""
+    names = [name for name in one if name.startswith("split/")]
+    assert len(names) == 13
+    assert one["split/systematic/particles"].shape[:2] == (2, 5)
+    for name in names:
+        for found in two:
+            assert torch.allclose(found[name], one[name], rtol=1e-10, atol=1e-12), name
+    for scheme in ("systematic", "stratified"):
+        assert (one[f"split/{scheme}/sizes"] < 0.9 * 5).any()  # they were resampled
 
 
 def test_one_process_means_what_it_says(one: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from steerfm.networks import UNet
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import Compositional
 from steerfm.paths import Linear, Path, Trigonometric
+from steerfm.steering import PosteriorDrawGuidance, Sighted
 from steerfm.times import Triangle
 from steerfm.types import Condition
 
@@ -145,3 +146,28 @@ def test_guidance_is_not_learnt_with_sights() -> None:
     flow_map = FlowMap(GaussianPosterior(), conditioner=Free())
     with pytest.raises(ConfigError, match="guidance=1, or sighted=False"):
         FlowMapTraining(flow_map, sighted=True, guidance=2.0, prompt_dropout=0.1)
+
+
+def test_draws_of_a_sighted_map_are_the_posterior_and_their_calls_count() -> None:
+    """20,000 draws at one state have the posterior's mean and variance, and guidance by them meets a linear tilt."""
+    plain, sighted = gaussian_map(MEAN.tolist(), C2**0.5), Sighted(FlowMap(GaussianPosterior()))
+    x, t = torch.tensor([[0.9, -0.4]], dtype=torch.float64).expand(20_000, 2), 0.6
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = sighted.draw(plain, x, t, noise, None)
+    spread = C2 * t**2 / ((1 - t) ** 2 * C2 + t**2)
+    mean = plain.denoise(x[:1], t)
+    assert within_standard_errors(drawn, mean)
+    assert within_standard_errors((drawn - mean) ** 2, torch.full((2,), spread))
+
+    def first(points: Tensor) -> Tensor:
+        return points[:, 0]
+
+    out = PosteriorDrawGuidance(40, 0.5, 64, draws=sighted)(plain, first, seeds=range(300))
+    assert out.cost.network_calls == 40 * (64 + 1)
+    # N(m, c^2) with r = x / T tilts to m + c^2 / T; 300 samples know it to 4 * 0.7 / sqrt(300), 40 steps to 1 / 40
+    assert float(out.x0[:, 0].mean()) == pytest.approx(0.3 + C2 / 0.5, abs=0.16 + 0.03)
+
+
+def test_sighted_draws_take_at_least_one_jump() -> None:
+    with pytest.raises(ConfigError, match="jumps must be at least 1, got 0"):
+        Sighted(FlowMap(GaussianPosterior()), jumps=0)

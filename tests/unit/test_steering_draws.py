@@ -33,6 +33,7 @@ from steerfm.solvers import shares
 from steerfm.steering.control import FlowMapControl
 from steerfm.steering.guidance import Guidance, Push
 from steerfm.steering.posterior import (
+    Draws,
     Glass,
     Renoised,
     glass,
@@ -191,10 +192,8 @@ def test_the_gradient_by_draws_is_the_values() -> None:
 # --- guidance by draws ---
 
 
-class ExactDraws:
+class ExactDraws(Draws):
     """Draws of the mixture of MATHS.md section 6, from a generator of its own."""
-
-    weighted = False
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -205,9 +204,6 @@ class ExactDraws:
         shares = (-torch.cdist(x, alpha * means).square() / (2 * variance)).softmax(1)
         mean = means[torch.multinomial(shares, 1, generator=self.generator)[:, 0]]
         return mean + alpha * VARIANCE / variance * (x - alpha * mean) + t * (VARIANCE / variance) ** 0.5 * noise
-
-    def log_weights(self, flow_map: FlowMap, x: Tensor, t: float, noise: Tensor, x0: Tensor, condition: Any) -> Tensor:
-        return x.new_zeros(len(x))
 
 
 def linear_shift(method: Any, scale: float = 0.7, path: Path | None = None) -> Tensor:
