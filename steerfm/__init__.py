@@ -16,14 +16,29 @@ if TYPE_CHECKING:
     from steerfm.data import Digits, HuggingFaceData, ImageFolder, Latents, Points, Prompts, PromptSeeds, Shapes
     from steerfm.finetuning import DirectBackprop
     from steerfm.flow_map import FlowMap
-    from steerfm.modules import ClipTraining, FlowMapTraining, RewardFineTuning, SteeredSampling
+    from steerfm.modules import ClipTraining, FlowMapTraining, PreferenceTraining, RewardFineTuning, SteeredSampling
     from steerfm.networks import MLP, DiT, UNet, WordEncoder
     from steerfm.objectives import Adaptive, Compositional, Eulerian, FlowMatching, Lagrangian
     from steerfm.paths import Linear, Trigonometric, VariancePreserving
     from steerfm.report import compare
     from steerfm.reward import Reward, Scores, as_reward
     from steerfm.sampling import Unsteered
-    from steerfm.steering import BestOfN, FlowMapTilting, LookAheadGuidance
+    from steerfm.steering import (
+        BeamSearch,
+        BestOfN,
+        Budget,
+        FlowMapControl,
+        FlowMapTilting,
+        LookAheadGuidance,
+        NoiseOptimisation,
+        NoiseSampling,
+        PathSearch,
+        PosteriorDrawGuidance,
+        SequentialMonteCarlo,
+        SuccessiveHalving,
+        Watch,
+        ZeroOrderSearch,
+    )
     from steerfm.times import Anchored, LogitNormal, Triangle
     from steerfm.types import Condition, Cost, Samples
 
@@ -46,14 +61,29 @@ _HOMES = {
     ),
     "steerfm.finetuning": ("DirectBackprop",),
     "steerfm.flow_map": ("FlowMap",),
-    "steerfm.modules": ("ClipTraining", "FlowMapTraining", "RewardFineTuning", "SteeredSampling"),
+    "steerfm.modules": ("ClipTraining", "FlowMapTraining", "PreferenceTraining", "RewardFineTuning", "SteeredSampling"),
     "steerfm.networks": ("MLP", "DiT", "UNet", "WordEncoder"),
     "steerfm.objectives": ("Adaptive", "Compositional", "Eulerian", "FlowMatching", "Lagrangian"),
     "steerfm.paths": ("Linear", "Trigonometric", "VariancePreserving"),
     "steerfm.report": ("compare",),
     "steerfm.reward": ("Reward", "Scores", "as_reward"),
     "steerfm.sampling": ("Unsteered",),
-    "steerfm.steering": ("BestOfN", "FlowMapTilting", "LookAheadGuidance"),
+    "steerfm.steering": (
+        "BeamSearch",
+        "BestOfN",
+        "Budget",
+        "FlowMapControl",
+        "FlowMapTilting",
+        "LookAheadGuidance",
+        "NoiseOptimisation",
+        "NoiseSampling",
+        "PathSearch",
+        "PosteriorDrawGuidance",
+        "SequentialMonteCarlo",
+        "SuccessiveHalving",
+        "Watch",
+        "ZeroOrderSearch",
+    ),
     "steerfm.times": ("Anchored", "LogitNormal", "Triangle"),
     "steerfm.types": ("Condition", "Cost", "Samples"),
 }
@@ -64,7 +94,9 @@ __all__ = [
     "MLP",
     "Adaptive",
     "Anchored",
+    "BeamSearch",
     "BestOfN",
+    "Budget",
     "CaptionWords",
     "ClipTraining",
     "Compositional",
@@ -75,6 +107,7 @@ __all__ = [
     "DirectBackprop",
     "Eulerian",
     "FlowMap",
+    "FlowMapControl",
     "FlowMapTilting",
     "FlowMapTraining",
     "FlowMatching",
@@ -89,8 +122,13 @@ __all__ = [
     "LogitNormal",
     "LookAheadGuidance",
     "LossByInterval",
+    "NoiseOptimisation",
+    "NoiseSampling",
+    "PathSearch",
     "Pictures",
     "Points",
+    "PosteriorDrawGuidance",
+    "PreferenceTraining",
     "PromptSeeds",
     "Prompts",
     "QuadraticReward",
@@ -99,14 +137,18 @@ __all__ = [
     "SampleGrid",
     "Samples",
     "Scores",
+    "SequentialMonteCarlo",
     "Shapes",
     "SteeredSampling",
+    "SuccessiveHalving",
     "Triangle",
     "Trigonometric",
     "UNet",
     "Unsteered",
     "VariancePreserving",
+    "Watch",
     "WordEncoder",
+    "ZeroOrderSearch",
     "analytic_flow_map",
     "as_reward",
     "compare",
