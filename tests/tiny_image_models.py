@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from steerfm.rewards.similarity import BACKBONES
+
 # Pillow rounds to whole levels of 1/255 after rows and after columns: at most half a level each, and the weights of
 # the second pass sum to one, their absolute values to 1.3 where some are negative (bicubic).
 LEVEL = 1 / 255
@@ -89,3 +91,19 @@ def enliven(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 1.0 / parameter[0].numel() ** 0.5)
+
+
+def save_backbone(path: Path, name: str = "alex") -> Path:
+    """Save random features as torchvision publishes a network, with a classifier that is not to be read."""
+    import torchvision
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layers = getattr(torchvision.models, BACKBONES[name][0])(weights=None).features
+    layers = layers.to_empty(device="cpu")
+    tensors = {}
+    for key, value in layers.state_dict().items():
+        spread = (2 / value[0].numel()) ** 0.5 if value.ndim > 1 else 0.1
+        tensors[f"features.{key}"] = torch.randn_like(value) * spread
+    torch.save({**tensors, "classifier.1.weight": torch.randn(2, 2)}, path)
+    return path

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
-from tiny_image_models import assert_same_pipeline, natural, pil, save_timm, save_transformers
+from tiny_image_models import assert_same_pipeline, natural, pil, save_backbone, save_timm, save_transformers
 from torch import Tensor
 
 from steerfm import config
@@ -98,19 +97,6 @@ def test_references_that_do_not_fit_are_named(tmp_path):
 
 
 # LPIPS
-
-
-def save_backbone(path, name: str = "alex") -> None:
-    """Save random features as torchvision publishes a network, with a classifier that is not to be read."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        layers = getattr(torchvision.models, BACKBONES[name][0])(weights=None).features
-    layers = layers.to_empty(device="cpu")
-    tensors = {}
-    for key, value in layers.state_dict().items():
-        spread = (2 / value[0].numel()) ** 0.5 if value.ndim > 1 else 0.1
-        tensors[f"features.{key}"] = torch.randn_like(value) * spread
-    torch.save({**tensors, "classifier.1.weight": torch.randn(2, 2)}, path)
 
 
 @pytest.fixture(scope="module")
