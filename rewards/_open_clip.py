@@ -1,7 +1,7 @@
 """Models of open_clip for rewards: found by name, hub tag, file or folder; their preprocessing as tensor code.
 
-Nothing is scored with random weights, cut checkpoints or an empty tokenizer: each is an error that says what is
-missing and where to put it. Checkpoints are read as tensors only (safetensors, or torch.load with
+Nothing is scored with random weights, cut or stretched checkpoints or an empty tokenizer: each is an error that says
+what is missing and where to put it. Checkpoints are read as tensors only (safetensors, or torch.load with
 weights_only=True), and a model's JSON can not ask for code of its own.
 """
 
@@ -64,6 +64,8 @@ def load(model: str, weights: str | Path | None = None, cache_dir: str | Path | 
                 weights_only=True,
                 cache_dir=cache,
             )
+            for file in _given_files(name, pretrained):
+                _refuse_stretched(net, file)
             tokenizer = open_clip.get_tokenizer(name, cache_dir=cache)
         except (RewardError, TrustError):
             raise
@@ -234,6 +236,28 @@ def _absent(what: str, repository: str, files: str, pass_on: str, reason: str) -
         f"{what} is not on this machine and cannot be downloaded: put {files}{source} where you like and pass "
         f"{pass_on}, or into the hub's cache {constants.HF_HUB_CACHE}. ({reason})"
     )
+
+
+def _given_files(name: str, pretrained: str | None) -> list[Path]:
+    """Return the files of weights here that the user named; none for those of the hub."""
+    if name.startswith(FOLDER):
+        folder = Path(name.removeprefix(FOLDER))
+        return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    return [Path(pretrained)] if pretrained is not None and Path(pretrained).is_file() else []
+
+
+def _refuse_stretched(net: Any, file: Path) -> None:
+    """Refuse position embeddings of another size than the model's, which open_clip has stretched without a word."""
+    from open_clip.factory import load_state_dict
+
+    given = {} if file.suffix == ".npz" else load_state_dict(str(file), weights_only=True)
+    for key, own in net.state_dict().items():
+        found = given.get(key, given.get(key.removeprefix("text.")))  # as older files call the text tower's
+        if key.endswith("positional_embedding") and found is not None and found.shape != own.shape:
+            raise RewardError(
+                f"{file} was learnt for pictures or texts of another size: its '{key}' is {tuple(found.shape)}, and "
+                f"{tuple(own.shape)} is needed. Give the model that it belongs to."
+            )
 
 
 @contextlib.contextmanager

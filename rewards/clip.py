@@ -10,7 +10,6 @@ the network sees, and prompts longer than its context (77 tokens, of which it wa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,7 @@ from torch.nn import functional
 from steerfm.errors import RewardError
 from steerfm.reward import Reward
 from steerfm.rewards import _open_clip
-
-log = logging.getLogger(__name__)
-
-CACHED_PROMPTS = 4096
-TEXTS_AT_ONCE = 256
+from steerfm.rewards._texts import TextEmbeddings
 
 
 class CLIPScore(Reward):
@@ -51,12 +46,12 @@ class CLIPScore(Reward):
         super().__init__(name)
         if prompt is not None and not isinstance(prompt, str):
             raise RewardError(f"'{self.name}' fixes one prompt for all pictures, got {type(prompt).__name__}.")
-        self.prompt = prompt
+        self.prompt, self.needs_prompt = prompt, prompt is None
         self.scaled = scaled
         self._clip = _open_clip.load(str(model), weights, cache_dir)
         self.model = self._clip.model
-        self._texts: dict[str, Tensor] = {}
-        self._warned = False
+        limit = int(self._clip.tokenizer.context_length)
+        self._embed_texts = TextEmbeddings(self.name, limit, self._clip.tokens_of, self._encode)
 
     def score(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Tensor:
         """Return the cosine (or scaled logit) of each picture with its prompt; (B,)."""
@@ -75,30 +70,7 @@ class CLIPScore(Reward):
 
     def embed_texts(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Return the embeddings of texts, of length one, without gradient; (B, D). They are kept by text."""
-        known = {text: self._texts[text] for text in texts if text in self._texts}
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        for start in range(0, len(new), TEXTS_AT_ONCE):
-            known |= self._encode(new[start : start + TEXTS_AT_ONCE], device)
-        if len(self._texts) + len(new) > CACHED_PROMPTS:
-            self._texts.clear()
-        self._texts |= known
-        return torch.stack([known[text].to(device) for text in texts])
+        return self._embed_texts(texts, torch.device(device))
 
-    def _encode(self, texts: list[str], device: torch.device | str) -> dict[str, Tensor]:
-        self._warn_of_cuts(texts)
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable with gradients later
-            tokens = self._clip.tokenizer(texts).to(device)
-            return dict(zip(texts, functional.normalize(self.model.encode_text(tokens), dim=-1), strict=True))
-
-    def _warn_of_cuts(self, texts: list[str]) -> None:
-        limit = self._clip.tokenizer.context_length
-        cut = [] if self._warned else [text for text in texts if self._clip.tokens_of(text) > limit]
-        if cut:
-            self._warned = True
-            log.warning(
-                "'%s' reads the first %d tokens of a prompt and ignores the rest; '%s' has %d. Said once.",
-                self.name,
-                limit,
-                cut[0],
-                self._clip.tokens_of(cut[0]),
-            )
+    def _encode(self, texts: list[str], device: torch.device) -> Tensor:
+        return functional.normalize(self.model.encode_text(self._clip.tokenizer(texts).to(device)), dim=-1)

@@ -50,7 +50,7 @@ class HPSv2(Reward):
         super().__init__(name or f"hps_{version}")
         if version not in FILES:
             raise RewardError(f"'{self.name}' has the versions {' and '.join(FILES)}, got version={version!r}.")
-        self.prompt = prompt
+        self.prompt, self.needs_prompt = prompt, prompt is None
         file = find_weights(weights, (FILES[version],), cache_dir)
         _check_version(file, version)
         clip = _load(file, architecture)
@@ -73,25 +73,18 @@ class HPSv2(Reward):
 
 def _load(file: Path, architecture: str) -> _open_clip.OpenClip:
     """Return the tuned CLIP with its tokenizer; every key of the file is used, and none is missing."""
-    shapes = {key: tensor.shape for key, tensor in _checkpoint(file).items()}
+    _check_tuned(file)
     with torch.random.fork_rng(devices=[]):
-        clip = _open_clip.load(architecture, file)
-    for key, tensor in clip.model.state_dict().items():
-        if shapes.get(key) != tensor.shape:  # open_clip stretches what was learnt for another size
-            raise RewardError(
-                f"{file} is no HPS of {architecture}: its '{key}' is {shapes.get(key)}, and {tensor.shape} is needed."
-            )
-    return clip
+        return _open_clip.load(architecture, file)
 
 
-def _checkpoint(file: Path) -> Mapping[str, Tensor]:
+def _check_tuned(file: Path) -> None:
     found = read_tensors(file)
     if not isinstance(found.get("state_dict"), Mapping):
         raise RewardError(
             f"{file} has no 'state_dict', which the published checkpoints of HPS have: a plain CLIP of that size would "
             f"score without complaint. Use {' or '.join(FILES.values())} of {HUB}."
         )
-    return found["state_dict"]
 
 
 def _check_version(file: Path, version: str) -> None:

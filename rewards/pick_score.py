@@ -47,7 +47,7 @@ class PickScore(Reward):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.prompt = prompt
+        self.prompt, self.needs_prompt = prompt, prompt is None
         if processor is None:
             processor = model if Path(model).expanduser().exists() else PROCESSOR
         self.model = load_model("CLIPModel", model, cache_dir=cache_dir)

@@ -213,8 +213,8 @@ def score_alone(reward: CLIPScore, i: int) -> Tensor:
 
 
 def test_more_prompts_than_are_kept(folder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("steerfm.rewards.clip.CACHED_PROMPTS", 2)
-    monkeypatch.setattr("steerfm.rewards.clip.TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr("steerfm.rewards._texts.CACHED_TEXTS", 2)
+    monkeypatch.setattr("steerfm.rewards._texts.TEXTS_AT_ONCE", 3)
     reward, fresh = CLIPScore(str(folder)), CLIPScore(str(folder))
     for texts in (["a", "b"], ["b", "c", "d", "e"], ["a", "e", "a"]):
         assert torch.allclose(
@@ -313,6 +313,24 @@ def test_a_partial_checkpoint_is_refused(tmp_path):
     save_file(tensors, weights)
     with pytest.raises(RewardError, match=r"do not fit the model .*Missing key.*visual\.proj"):
         CLIPScore(str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("key", ["positional_embedding", "visual.positional_embedding"])
+def test_weights_for_another_size_are_not_stretched(tmp_path, key: str):
+    weights = save_clip(tmp_path / "clip") / "open_clip_model.safetensors"
+    tensors = load_file(weights)
+    rows, width = tensors[key].shape
+    tensors[key] = torch.zeros(26 if "visual" in key else rows + 3, width)  # 5 x 5 patches and the class
+    save_file(tensors, weights)
+    said = rf"another size: its '{key}' is \({len(tensors[key])}, {width}\), and \({rows}, {width}\) is needed"
+    with pytest.raises(RewardError, match=said):
+        CLIPScore(str(tmp_path / "clip"))
+
+
+def test_an_empty_prompt_is_refused_unless_one_is_fixed(folder, score):
+    with pytest.raises(RewardError, match="that of sample 1 is empty"):
+        score(natural(2, 32, 32), ["snow", ""])
+    assert torch.isfinite(CLIPScore(str(folder), prompt="snow")(natural(2, 32, 32), ["", ""]).total).all()
 
 
 def test_a_cut_file_is_refused(tmp_path):

@@ -19,18 +19,29 @@ from open_clip.model import CLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_scores import (
+    EMBEDDING,
+    HPS,
+    LENGTH,
+    SIDE,
+    TINY,
+    Published,
+    PublishedV25,
+    save_clip,
+    save_head,
+    save_head_v25,
+    save_hps,
+    save_siglip,
+)
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
-    SiglipConfig,
     SiglipImageProcessorPil,
-    SiglipModel,
     SiglipVisionModel,
 )
 
@@ -45,16 +56,6 @@ from steerfm.rewards.pick_score import PickScore
 PROMPTS = ["a red fox", "two boats", "a red fox", "snow", "a city"]
 SIZES = [(64, 64), (48, 100), (101, 47), (32, 32), (20, 26)]
 LARGE = [(64, 64), (120, 200), (160, 113)]
-SIDE, LENGTH, EMBEDDING = 32, 24, 16
-PICTURES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": 8,
-    "projection_dim": EMBEDDING,
-}
 
 
 def natural(count: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -70,78 +71,6 @@ def natural(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 def pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()) for x in images]
-
-
-def stir(model: nn.Module) -> None:
-    """Make features differ between pictures and between texts, which those of a fresh network hardly do."""
-    for name, parameter in model.named_parameters():
-        if "embedding" in name:
-            parameter.data.normal_()
-        elif parameter.ndim > 1:
-            parameter.data.normal_(0, parameter[0].numel() ** -0.5)
-
-
-def save_tokenizer(folder: Path) -> int:
-    """Write CLIP's tokenizer of single letters, without merges, and return how many tokens it knows."""
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # printable bytes stand for themselves
-    letters = [chr(i) for i in letters + [256 + i for i in range(256 - len(letters))]]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
-    return len(words)
-
-
-def save_clip(folder: Path, size: int = SIDE, crop: int = SIDE) -> Path:
-    """Write a CLIP of transformers: config.json, model.safetensors, tokenizer and preprocessor_config.json."""
-    count = save_tokenizer(folder)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": count, "max_position_embeddings": LENGTH}
-    text |= {"bos_token_id": count - 2, "eos_token_id": count - 1, "pad_token_id": 1}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(vision_config=PICTURES, text_config=text, projection_dim=EMBEDDING))
-    stir(model)
-    model.logit_scale.data.fill_(float(np.log(100)))
-    model.save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": crop, "width": crop}, image_mean=[0.4, 0.5, 0.6]
-    ).save_pretrained(folder)
-    return folder
-
-
-def save_siglip(folder: Path) -> Path:
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": 40, "max_position_embeddings": LENGTH, "bos_token_id": 1, "eos_token_id": 1}
-    torch.manual_seed(0)
-    model = SiglipModel(SiglipConfig(vision_config=PICTURES, text_config=text))
-    stir(model)
-    model.save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
-    return folder
-
-
-class Published(nn.Module):
-    """LAION's head as its repository builds it: the layers 0, 2, 4, 6 and 7 of a row, with dropout between."""
-
-    def __init__(self, width: int = EMBEDDING) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
-        )  # fmt: skip
-        for parameter in self.parameters():
-            parameter.data.mul_(2)
-
-
-class PublishedV25(nn.Module):
-    """The head of v2.5 as its repository builds it: the layers 0, 2, 4, 6 and 8."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.scoring_head = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.5), nn.Linear(1024, 128), nn.Dropout(0.5),
-            nn.Linear(128, 64), nn.Dropout(0.5), nn.Linear(64, 16), nn.Dropout(0.2), nn.Linear(16, 1),
-        )  # fmt: skip
-        for parameter in self.parameters():
-            parameter.data.mul_(2)
 
 
 @pytest.fixture(scope="module")
@@ -162,42 +91,21 @@ def own(clip: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.manual_seed(1)
-    torch.save(Published().state_dict(), file)
-    return file
+    return save_head(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")
 def head_v25(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("head") / "aesthetic_predictor_v2_5.pth"
-    torch.manual_seed(1)
-    torch.save(PublishedV25().state_dict(), file)
-    return file
-
-
-TINY: dict[str, Any] = {
-    "embed_dim": EMBEDDING,
-    "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": LENGTH, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
-}
+    return save_head_v25(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with HPS_v2.1_compressed.pt, for a CLIP small enough, which open_clip knows as "tiny-hps"."""
-    folder = tmp_path_factory.mktemp("hps")
-    (folder / "tiny-hps.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / "tiny-hps.json")
-    torch.manual_seed(0)
-    model = CLIP(**json.loads(json.dumps(TINY)))
-    stir(model)
-    torch.save({"state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
-    return folder
+    return save_hps(tmp_path_factory.mktemp("hps"))
 
 
 def hps_score(folder: str | Path, **options: Any) -> HPSv2:
-    return HPSv2(folder, architecture="tiny-hps", **options)
+    return HPSv2(folder, architecture=HPS, **options)
 
 
 # Parity with a plain computation on PIL pictures
@@ -262,7 +170,7 @@ def test_hps_is_open_clips_with_black_bars(tuned: Path, size: tuple[int, int]):
     images = natural(5, *size)
     with torch.no_grad():
         pictures: Any = model.encode_image(torch.stack([transform(p) for p in pil(images)]), normalize=True)
-        texts: Any = model.encode_text(open_clip.get_tokenizer("tiny-hps")(PROMPTS), normalize=True)
+        texts: Any = model.encode_text(open_clip.get_tokenizer(HPS)(PROMPTS), normalize=True)
         ours = hps_score(tuned)(images, PROMPTS).total
     assert (pictures @ texts.T).std() > 0.02
     assert (ours - (pictures * texts).sum(1)).abs().max() <= 0.002
@@ -582,7 +490,7 @@ def with_state(edit: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any
         (with_state(lambda s: s.update(head=torch.zeros(3))), r"Unexpected key.*head"),
         (
             with_state(lambda s: s.update({"visual.positional_embedding": torch.zeros(37, 32)})),
-            r"its 'visual\.positional_embedding' is torch\.Size\(\[37, 32\]\)",  # which open_clip stretches
+            r"another size: its 'visual\.positional_embedding' is \(37, 32\)",  # which open_clip stretches
         ),
         (lambda found: found.update(found.pop("state_dict")), "has no 'state_dict', .*a plain CLIP of that size would"),
     ],
