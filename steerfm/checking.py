@@ -22,6 +22,7 @@ SEALED = (
     "steerfm.cli",
     "steerfm.reward.load_reward",
     "steerfm.reward_plugins",
+    "steerfm.reward_server",
 )
 
 
@@ -60,7 +61,7 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
 def resolve(name: str, trusted: Sequence[str] = ()) -> Any:
     """Return what a dotted path names, under the trust rule.
 
-    Refuses what would itself import by name or run commands: a recipe could trust for its user through it. A
+    Refuses what would itself import by name, run commands or open a port: a recipe could trust for its user so. A
     module that cannot be imported is a ConfigError, but for a missing package, whose extra the command line names.
     """
     try:
@@ -71,7 +72,7 @@ def resolve(name: str, trusted: Sequence[str] = ()) -> Any:
         raise ConfigError(f"'{name}' cannot be imported: {error}") from error
     home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}."
     if home.startswith(tuple(f"{sealed}." for sealed in SEALED)):
-        raise TrustError(f"'{name}' imports or runs what it is told to, so a recipe may not name it.")
+        raise TrustError(f"'{name}' imports, runs or serves what it is told to, so a recipe may not name it.")
     return found
 
 

@@ -146,6 +146,8 @@ def test_untrusted_code_is_refused_without_being_imported(kitchen: Path, target:
         "steerfm.commands.common.config.instantiate",
         "steerfm.reward.load_reward",
         "steerfm.commands.reward.load_reward",
+        "steerfm.reward_server.listen",
+        "steerfm.reward_server.Server",
     ],
 )
 def test_a_recipe_cannot_name_what_would_trust_for_it(kitchen: Path, target: str):
