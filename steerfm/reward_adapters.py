@@ -161,7 +161,7 @@ def means(scores: Scores) -> dict[str, float]:
     for name, values in scores.parts.items():
         silent = values.isnan()
         if not silent.all():
-            found[name] = float(silent_as_zero(values).sum() / (~silent).sum())
+            found[name] = float(silent_as_zero(values.detach()).sum() / (~silent).sum())
         if silent.any():
             found[f"{name}/abstained"] = float(silent.float().mean())
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.finetuning import DirectBackprop
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest, configure, save_averaged, step_generator
-from steerfm.reward import as_reward
+from steerfm.reward import Scores, as_reward
+from steerfm.reward_adapters import means
 from steerfm.saving import describe_flow_map
 from steerfm.types import State
 
@@ -85,7 +86,7 @@ class RewardFineTuning(lightning.LightningModule):
         self.log("loss", loss)
         self.log("reward", tuned.rewards.mean(), prog_bar=True)
         self.log("penalty", tuned.penalty.mean(), prog_bar=True)
-        self.log_dict({f"reward/{name}": values.mean() for name, values in tuned.parts.items()})
+        self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))))
         if self.global_step % self.monitor_every == 0:
             self._monitor(tuned.x0.detach(), prompts, condition, generator)
         return loss
@@ -95,11 +96,9 @@ class RewardFineTuning(lightning.LightningModule):
         """Log held-out rewards, divergence and semigroup defect at the current samples."""
         images = self.flow_map.decode(x0)
         for guest in self._held_out:
-            scores = guest.on(self.device)(images, prompts)
-            for name, values in scores.parts.items():
-                self.log(f"held_out/{name}", values.float().mean(), prog_bar=True)
+            self.log_dict(_named("held_out", means(guest.on(self.device)(images, prompts))), prog_bar=True)
         measured = monitor(self.flow_map, self._reference.on(self.device), x0, condition, generator)
-        self.log_dict({f"monitor/{name}": value for name, value in measured.items()})
+        self.log_dict(_named("monitor", measured))
 
     def configure_optimizers(self) -> Any:
         return configure(self.flow_map.parameters(), self.optimizer, self.scheduler)
@@ -110,3 +109,7 @@ class RewardFineTuning(lightning.LightningModule):
     def save(self, folder: str | Path) -> Path:
         """Write the tuned flow map into `folder`, with EMA weights where the trainer averages."""
         return save_averaged(self, self.flow_map, folder)
+
+
+def _named(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{group}/{name}": value for name, value in values.items()}

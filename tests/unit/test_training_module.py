@@ -205,6 +205,28 @@ def test_nan_reward_names_part_and_sample(tmp_path: Path) -> None:
         trainer(tmp_path, 2).fit(module, Prompts([""], 4))
 
 
+def test_an_abstention_is_left_out_of_the_means(tmp_path: Path) -> None:
+    class OfSome(Reward):
+        abstains = True
+
+        def __init__(self, silent: int, name: str) -> None:
+            super().__init__(name)
+            self.silent = silent
+
+        def score(self, images: Tensor, prompts: Any, **metadata: Any) -> Tensor:
+            return (2 + 0 * images[:, 0]).masked_fill(torch.arange(len(images)) < self.silent, torch.nan)
+
+    module = RewardFineTuning(point_map(), as_reward(right) + OfSome(1, "some"), held_out=[OfSome(4, "none")])
+    run = trainer(tmp_path, 1)
+    run.fit(module, Prompts([""], 4))
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert (found["reward/some"], found["reward/some/abstained"]) == (2.0, 0.25)
+    assert found["held_out/none/abstained"] == 1.0
+    assert "held_out/none" not in found
+    assert "reward/right/abstained" not in found
+    assert found["reward"] == pytest.approx(found["reward/right"] + 0.75 * 2)
+
+
 def test_gradient_method_refuses_a_black_box_reward() -> None:
     class Box(Brightness):
         differentiable = False
