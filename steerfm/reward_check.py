@@ -88,10 +88,10 @@ def measure(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Measured:
         with torch.enable_grad():
             torch.autograd.grad(reward(leaf, list(prompts)).total.sum(), leaf)
 
-    measured = Measured(_rate(score, images), _peak(score, images.device), words_read(reward, images))
+    measured = Measured(_rate(score, images), peak_memory(score, images.device), words_read(reward, images))
     if not reward.differentiable:
         return measured
-    rate, memory = _rate(differentiate, images), _peak(differentiate, images.device)
+    rate, memory = _rate(differentiate, images), peak_memory(differentiate, images.device)
     return replace(measured, gradient_rate=rate, gradient_memory=memory)
 
 
@@ -107,7 +107,7 @@ def _rate(work: Callable[[], None], images: Tensor) -> float:
     return runs * len(images) / (time.perf_counter() - start)
 
 
-def _peak(work: Callable[[], None], device: torch.device) -> int:
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     """Return the most bytes that `work` has in use at once beyond what was in use before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

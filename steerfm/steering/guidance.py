@@ -141,7 +141,9 @@ class LookAheadGuidance(Guidance):
         time = as_times(t, x)
         path = flow_map.path
         slope = torch.ones_like(time) if self.clean == "look_ahead" else path.sigma_dot(time) / path.determinant(time)
-        return clean(x.detach(), t, condition).detach() + unsqueeze_like(slope, x) * (x - x.detach())
+        with torch.no_grad():
+            constant = clean(x, t, condition)
+        return constant + unsqueeze_like(slope, x) * (x - x.detach())
 
 
 def guidance_strength(path: Path, t: Times, step: float, clean: Clean) -> Times:
