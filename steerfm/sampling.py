@@ -247,8 +247,9 @@ def measure(
 ) -> Iterator[Callable[[], Cost]]:
     """Count what happens inside the block, per returned sample; call the yielded function for the Cost.
 
-    Every row through the map's network, and those of other maps, counts one, every row back through it two; every scored picture one reward
-    call, every back-propagated one a reward gradient. Recomputed forward passes count, as they cost.
+    Every row through the map's network, and those of other maps, counts one, every row back through it two; every
+    scored picture one reward call, every back-propagated one a reward gradient. Recomputed forward passes count, as
+    they cost.
     """
     counts = {"network": 0, "calls": 0, "gradients": 0}
 
