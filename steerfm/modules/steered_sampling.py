@@ -57,9 +57,9 @@ class SteeredSampling(lightning.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Samples:
         with torch.inference_mode(False):  # guidance differentiates, and a reward moved in inference mode could not
             reward = None if self._reward is None else self._reward.on(self.device)
-            watched = (
-                {"watch": replace(self.watch, look_aheads=False)} if self._watched and batch_idx else self._watched
-            )
+            watched = dict(self._watched)
+            if watched and batch_idx:
+                watched["watch"] = replace(self.watch, look_aheads=False)
             samples = self.method(self.flow_map, reward, prompts=batch["prompt"], seeds=batch["seed"], **watched)
             return self._judged(self._shown(samples), reward)
 

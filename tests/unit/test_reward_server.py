@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import os
 import signal
@@ -358,10 +357,13 @@ def test_it_serves_until_it_is_stopped(stop: signal.Signals, tmp_path: Path):
     (tmp_path / "mine.py").write_text(OWN)
     command = [sys.executable, "-m", "steerfm.cli", "reward", "serve", "mine:redness", "--port", "0"]
     environment = {**os.environ, "STEERFM_REWARD_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
     try:
-        line = io.TextIOWrapper(process.stdout or io.BytesIO()).readline()
-        assert line.startswith("Serving redness at http://127.0.0.1:"), (process.stderr or io.BytesIO()).read()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving redness at http://127.0.0.1:"), process.stderr.read()
         assert line.endswith(", with a token.\n")
         found = int(line.partition("127.0.0.1:")[2].partition(",")[0])
         assert ask(found, path="/score?reward=redness")[0] == 200
