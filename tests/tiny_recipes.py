@@ -57,6 +57,8 @@ def tiny(name: str, *more: str) -> list[str]:
         chosen = [text for text in chosen if not text.startswith(("trainer.max_steps", "checkpoint_every"))]
     if steps and find(values, "trainer.val_check_interval"):
         chosen.append("trainer.val_check_interval=2")
+    if values.get("trainer", {}).get("accelerator") == "gpu":
+        chosen.append("trainer=cpu")
     needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
     chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
     if "teacher" not in values and "'???'" in str(values.get("objective")):
