@@ -143,6 +143,7 @@ class GaussianMixture(nn.Module):
 
         Components lead, (K, B): a softmax over a few columns is slow.
         """
+        x = x.to(torch.promote_types(x.dtype, self.means.dtype))
         alpha, alpha_dot, c2 = path.alpha(t), path.alpha_dot(t), self.values[:, :1]
         variance = alpha**2 * c2 + path.sigma(t) ** 2
         squares = x.square().sum(1) - 2 * alpha * (self.means @ x.T) + alpha**2 * self.means.square().sum(1)[:, None]

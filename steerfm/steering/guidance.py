@@ -150,12 +150,13 @@ def guidance_strength(path: Path, t: Times, step: float, clean: Clean) -> Times:
     """Return the factor of the reward's gradient in the reverse-time drift of the ODE; (B,).
 
     Look-ahead: V_t = alpha r(F(x, t, 0)) and a drift of eta grad V give eta alpha = sigma d (linear: t).
-    Posterior mean: V_t = r(E[x0 | x_t]), hence eta (linear: t / (1 - t)), its pole at t = 1 moved out by one
-    step as in Path.memoryless_noise.
+    Posterior mean: V_t = r(E[x0 | x_t]), hence eta (linear: t / (1 - t)). At t = 1, where there is no data, eta has
+    its pole and the gradient of the exact mean is zero: there the pole is moved out by one step, as in
+    Path.memoryless_noise.
     """
     if clean == "look_ahead":
         return path.sigma(t) * path.determinant(t)
-    return path.memoryless_noise(t, step) / 2
+    return torch.where(t < 1, path.eta(t), path.memoryless_noise(t, step) / 2)
 
 
 def normalised(gradient: State) -> State:

@@ -21,8 +21,8 @@ def rewards(run: Path) -> list[float]:
 
 
 def test_five_lines_steer_fine_tune_and_are_compared(here: Path):
-    (here / "five_lines.py").write_text(FIVE_LINES)
-    own = "reward=five_lines:lightness_above"
+    (here / "own_lightness.py").write_text(FIVE_LINES)
+    own = "reward=own_lightness:lightness_above"
     assert main(tiny("digits_finetune", own, "name=five_tuned")) == 0
     tuned = here / "runs" / "five_tuned"
     assert "reward" in json.loads((tuned / "metrics.json").read_text())

@@ -231,11 +231,10 @@ def test_the_gradient_through_draws_is_exact_for_linear_rewards() -> None:
     exact = 0.49 * tensor(*A) / 0.5
     for count in (1, 3):
         errors = []
-        for steps in (15, 30):
+        for steps in (30, 60):
             method = PosteriorDrawGuidance(steps, 0.5, count, draws=Glass(8), gradient="raw")
             errors.append(float((linear_shift(method) / exact - 1).abs().max()))
-        assert errors[0] < 0.2
-        assert errors[0] / errors[1] == pytest.approx(2, abs=0.5)
+        assert errors[1] < 0.75 * errors[0] < 0.01
 
 
 @pytest.mark.parametrize("sigma", [0.2, 1.0])
