@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
+from steerfm.networks import Critic
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.teachers import held
 from steerfm.objectives.weights import mean_square
@@ -135,6 +136,11 @@ def steepness(logit: Values, moved: Values, step: float) -> Values:
     arXiv 1801.04406 (R1 itself).
     """
     return ((moved - logit) / step).square()
+
+
+def critic_of(flow_map: FlowMap) -> Critic:
+    """Return a critic that starts as the network of a trained map, which knows the shapes of the data already."""
+    return Critic(flow_map.network)
 
 
 @dataclass(frozen=True)
