@@ -106,7 +106,7 @@ class Options:
     overrides: tuple[str, ...] = ()
 
 
-FAST = Options("runs/landscape_fast", 800, 12_000, ("network.width=128", "data.batch_size=512"))
+FAST = Options("runs/landscape_fast", 2500, 12_000, ("network.width=128", "data.batch_size=512"))
 FAST_METHODS = ("flow_matching", "lmd", "lsd", "ct", "mean_flow", "psd")
 
 
