@@ -39,7 +39,26 @@ class Pair(NamedTuple):
     preferred: float
 
 
-class PreferencePairs(StepDataModule):
+class PairBatches(StepDataModule):
+    """Hand out the batches of `pairs`, which a subclass reads; its __init__ sets batch_size and seed too."""
+
+    pairs: Pairs
+    batch_size: int
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Return how many pairs can be used, held-out ones with them."""
+        return len(self.pairs.used)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return self.pairs.batch(step, self.batch_size, self.seed)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self.pairs.held_out_loader(self.batch_size)
+
+
+class PreferencePairs(PairBatches):
     """Batches {"image_a", "image_b": (B, C, H, W) in [0, 1], "prompt": texts, "preferred": (B,)} of a JSON Lines file.
 
     A line is {"image_a": path, "image_b": path, "prompt": text, "preferred": "a", "b", "tie" or a number in [0, 1],
@@ -79,19 +98,8 @@ class PreferencePairs(StepDataModule):
         )
         self.pairs = Pairs(gallery, pairs, validation_size)
 
-    @property
-    def count(self) -> int:
-        """Return how many pairs can be used, held-out ones with them."""
-        return len(self.pairs.used)
 
-    def batch(self, step: int) -> dict[str, Any]:
-        return self.pairs.batch(step, self.batch_size, self.seed)
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self.pairs.held_out_loader(self.batch_size)
-
-
-class HuggingFacePairs(StepDataModule):
+class HuggingFacePairs(PairBatches):
     """Batches as PreferencePairs gives, from named columns of a Hugging Face data set; needs `datasets`.
 
     path_or_id, split, name, revision: as for HuggingFaceData. image_a, image_b: columns of pictures; prompt: of texts;
@@ -145,17 +153,6 @@ class HuggingFacePairs(StepDataModule):
             cache_gib=cache_gib,
         )
         self.pairs = Pairs(gallery, pairs, validation_size)
-
-    @property
-    def count(self) -> int:
-        """Return how many pairs can be used, held-out ones with them."""
-        return len(self.pairs.used)
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return self.pairs.batch(step, self.batch_size, self.seed)
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self.pairs.held_out_loader(self.batch_size)
 
 
 class Pairs:

@@ -357,11 +357,6 @@ def pick(states: State, chosen: Tensor) -> State:
     return pairs[torch.arange(len(chosen), device=states.device), chosen.to(states.device)]
 
 
-def alpha(run: Run, t: float) -> float:
-    """Return the share of data at time t on the map's path."""
-    return float(run.flow_map.path.alpha(torch.tensor(t, dtype=torch.float64)))
-
-
 def check_counts(**counts: int) -> None:
     """Raise ConfigError unless every count is at least 1."""
     for name, count in counts.items():

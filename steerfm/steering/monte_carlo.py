@@ -25,8 +25,8 @@ import torch
 from steerfm.errors import ConfigError
 from steerfm.flow_map import as_times
 from steerfm.sampling import Noise, squared_noise
-from steerfm.solvers import check_share, noising
-from steerfm.steering.common import Outcome, Run, alpha, check_counts, check_temperature
+from steerfm.solvers import check_share, noising, shares
+from steerfm.steering.common import Outcome, Run, check_counts, check_temperature
 from steerfm.steering.populations import Population, Populations
 from steerfm.times import time_grid
 from steerfm.types import Condition, State, Values, unsqueeze_like
@@ -136,7 +136,9 @@ class SequentialMonteCarlo(Populations):
     ) -> Values:
         """Return lambda of each pair at step i, (B,); scaled: r / temperature, (B * P,)."""
         if self.strength != "adaptive":
-            value = {"path": alpha(run, s), "constant": 1.0, "geometric": 2 ** (i / self.steps) - 1}[self.strength]
+            value = {"path": shares(run.flow_map.path, s)[0], "constant": 1.0, "geometric": 2 ** (i / self.steps) - 1}[
+                self.strength
+            ]
             return torch.full_like(before, value)
 
         shape = population.log_weights.shape
@@ -147,7 +149,7 @@ class SequentialMonteCarlo(Populations):
             factor = population.everyone(strength[:, None] * scaled.reshape(shape) - total.reshape(shape))
             return (2 * (weights + factor).logsumexp(1) - (weights + 2 * factor).logsumexp(1)).exp()
 
-        highest = torch.full_like(before, alpha(run, s)).maximum(before)
+        highest = torch.full_like(before, shares(run.flow_map.path, s)[0]).maximum(before)
         low, high = before, highest
         for _ in range(HALVINGS):
             middle = (low + high) / 2

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from steerfm.flow_map import as_times
 from steerfm.sampling import sde_step
-from steerfm.steering.common import Outcome, Run, alpha, check_counts, check_temperature
+from steerfm.solvers import shares
+from steerfm.steering.common import Outcome, Run, check_counts, check_temperature
 from steerfm.steering.populations import Populations
 from steerfm.times import time_grid
 from steerfm.types import State, unsqueeze_like
@@ -56,7 +57,7 @@ class FlowMapTilting(Populations):
                 population.x, lambda x, condition, s=s: run.flow_map.look_ahead(x, s, condition)
             )
             # Where alpha(1) is not quite 0 the first weights hold V_1 too, or the total would miss its share of r.
-            gain = alpha(run, t) - (alpha(run, s) if i else 0.0)
+            gain = shares(run.flow_map.path, t)[0] - (shares(run.flow_map.path, s)[0] if i else 0.0)
             population.weigh(gain * values.double() / self.temperature)
             run.record(reward=population.mean(values), effective_sample_size=population.effective_sample_size)
             run.record(look_ahead=population.heaviest(clean))
