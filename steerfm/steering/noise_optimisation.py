@@ -10,6 +10,7 @@ from steerfm.errors import ConfigError
 from steerfm.sampling import few_jumps
 from steerfm.steering.argmax import Argmax, found
 from steerfm.steering.common import Outcome, Run, check_counts
+from steerfm.times import time_grid
 from steerfm.types import Condition, State, unsqueeze_like
 
 
@@ -17,8 +18,9 @@ from steerfm.types import Condition, State, unsqueeze_like
 class NoiseOptimisation(Argmax):
     """Climb r(F(z, 1, 0)) + norm_weight log p(|z|) from a pair's own noise, and keep the best x0 that was met.
 
-    jumps: from noise to data, all of which are differentiated: 1 to 4 are meant. iterations: how many noises are
-    judged, the pair's own among them. rate, momentum: of Nesterov's ascent. clip: the gradient's largest norm, sample
+    jumps: from noise to data: 1 to 4 are meant. last: how many of them are differentiated, all by default; those before
+    count as the identity, which bounds memory and is biased. iterations: how many noises are judged, the pair's own
+    among them. rate, momentum: of Nesterov's ascent. clip: the gradient's largest norm, sample
     by sample. norm_weight: of the logarithm of the norm's density under N(0, I), which leaves the direction free; the
     best is chosen by the reward alone. Needs a differentiable reward; its scale matters beside norm_weight. A budget
     bounds the iterations. Reference: Eyring et al. 2024, arXiv 2406.04312 (ReNO), whose defaults these are.
@@ -30,10 +32,13 @@ class NoiseOptimisation(Argmax):
     momentum: float = 0.9
     clip: float = 0.1
     norm_weight: float = 0.01
+    last: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(jumps=self.jumps, iterations=self.iterations)
+        if not 1 <= self._with_gradient <= self.jumps:
+            raise ConfigError(f"last must lie between 1 and jumps, got last={self.last} and jumps={self.jumps}.")
         for name in ("rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -49,8 +54,15 @@ class NoiseOptimisation(Argmax):
     def steer(self, run: Run) -> Outcome:
         """Climb, and keep the best."""
 
+        first, times = self.jumps - self._with_gradient, time_grid(self.jumps)
+
         def carry(z: State, condition: Condition | None) -> State:
-            return few_jumps(run.flow_map, z, self.jumps, condition)
+            x = z
+            if first:
+                with torch.no_grad():
+                    reached = few_jumps(run.flow_map, z, times[: first + 1], condition)
+                x = z + (reached - z).detach()
+            return few_jumps(run.flow_map, x, times[first:], condition)
 
         z = run.noise()
         speed, x0 = torch.zeros_like(z), z
@@ -64,6 +76,10 @@ class NoiseOptimisation(Argmax):
             speed = self.momentum * speed + gradient
             z = z + self.rate * (gradient + self.momentum * speed)
         return found(x0)
+
+    @property
+    def _with_gradient(self) -> int:
+        return self.jumps if self.last is None else self.last
 
 
 def norm_gradient(z: State) -> State:

@@ -8,7 +8,7 @@ from torch import Tensor
 from steerfm import FlowMap, FlowMapTilting, LookAheadGuidance, NoiseSampling, SequentialMonteCarlo, UNet
 from steerfm.networks.mlp import randomise
 from steerfm.reward_check import peak_memory
-from steerfm.steering import Steering
+from steerfm.steering import NoiseOptimisation, Steering
 
 STATE = 4 * 16 * 16  # bytes of one
 
@@ -56,3 +56,9 @@ def test_guidance_keeps_one_step() -> None:
     assert many < 1.1 * few
     through = peak(LookAheadGuidance(3, through="identity"))
     assert through < 0.6 * few  # nothing is kept for a backward pass through the network
+
+
+def test_ascent_through_the_last_jump_keeps_one_jump() -> None:
+    few, many = (peak(NoiseOptimisation(n, 2, last=1)) for n in (2, 8))
+    assert many < 1.1 * few
+    assert peak(NoiseOptimisation(8, 2)) > 3 * many  # without it every jump is kept

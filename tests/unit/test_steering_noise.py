@@ -95,6 +95,18 @@ def test_ascent_is_nesterovs() -> None:
         assert float(out.rewards[i]) == pytest.approx(float(torch.cat(rewards).max()))
 
 
+@pytest.mark.parametrize(("last", "t"), [(1, 0.25), (3, 0.75), (4, 1.0), (None, 1.0)])
+def test_ascent_takes_the_jumps_before_the_last_as_the_identity(last: int | None, t: float) -> None:
+    """Those that are differentiated begin at t, where dF(x, t, 0)/dx = c / sigma_t; the move of z counts c."""
+    flow_map, a = gaussian_map(MEAN, SCALE), torch.tensor(A, dtype=torch.float64)
+    slope = SCALE / math.hypot((1 - t) * SCALE, t)
+    method = NoiseOptimisation(4, 2, rate=0.1, momentum=0.0, clip=100.0, norm_weight=0.0, last=last)
+    out = method(flow_map, QuadraticReward.linear(A), seeds=range(3))
+    rise = out.trace["reward"][:, 1] - out.trace["reward"][:, 0]
+    assert torch.allclose(rise, (SCALE * 0.1 * slope * a @ a).expand(3))
+    assert out.cost.network_calls == 2 * (4 + 2 * (last or 4))
+
+
 def test_the_first_noise_may_be_the_best() -> None:
     """The prior alone moves the noise here, and the reward, which pulls nowhere, falls with it."""
     flow_map = gaussian_map([0.0, 0.0], 1.0)
@@ -279,6 +291,8 @@ def test_no_number_is_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments_are_said() -> None:
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: NoiseOptimisation(jumps=0), "jumps must be at least 1, got 0"),
+        (lambda: NoiseOptimisation(jumps=2, last=3), "last must lie between 1 and jumps, got last=3 and jumps=2"),
+        (lambda: NoiseOptimisation(last=0), "got last=0 and jumps=1"),
         (lambda: NoiseOptimisation(iterations=0), "iterations must be at least 1, got 0"),
         (lambda: NoiseOptimisation(rate=0), "rate must be positive, got 0"),
         (lambda: NoiseOptimisation(clip=math.nan), "clip must be positive, got nan"),
