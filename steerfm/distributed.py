@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from steerfm.errors import ConfigError
 from steerfm.types import Values
 
 
@@ -46,22 +49,30 @@ def mean_and_std(values: Values) -> tuple[Tensor, Tensor]:
     return everything.mean(), everything.std(unbiased=False)
 
 
-def group_statistics(values: Values, group_size: int) -> tuple[Values, Values]:
-    """Return each row's group mean and standard deviation, (B,); a group is `group_size` neighbouring rows.
+class GroupStatistics(NamedTuple):
+    """Hold mean, standard deviation, number of members and largest member of each row's group, (B,) each."""
 
-    Groups count over the rows of all processes in rank order, so a group may span two processes. Raises
-    ConfigError where the rows of all processes are not a whole number of groups.
+    mean: Values
+    std: Values
+    size: Values
+    largest: Values
+
+
+def group_statistics(values: Values, groups: Sequence[str]) -> GroupStatistics:
+    """Return what is known of each row's group, over the rows of all processes; (B,) each.
+
+    groups: a row's group by name, such as its prompt. Statistics are worked out in float64, and no gradient flows.
     """
-    rank, _ = world()
-    everything = gather(values).double()
-    if len(everything) % group_size:
-        raise ConfigError(f"{len(everything)} rows cannot be divided into groups of {group_size}: drop the rest.")
-    groups = everything.reshape(-1, group_size)
-    counts = gather(torch.tensor([len(values)], device=values.device))
-    start = int(counts[:rank].sum())
-    mean = groups.mean(1).repeat_interleave(group_size)[start : start + len(values)]
-    std = groups.std(1, unbiased=False).repeat_interleave(group_size)[start : start + len(values)]
-    return mean.to(values), std.to(values)
+    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in groups]
+    own = torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.long).to(values.device)
+    keys, places = torch.unique(gather(own), return_inverse=True)
+    everything, zeros = gather(values).double(), torch.zeros(len(keys), dtype=torch.float64, device=values.device)
+    sizes = zeros.index_add(0, places, torch.ones_like(everything))
+    means = zeros.index_add(0, places, everything) / sizes
+    squares = zeros.index_add(0, places, (everything - means[places]) ** 2) / sizes
+    largest = zeros.scatter_reduce(0, places, everything, "amax", include_self=False)
+    group = torch.searchsorted(keys, own)
+    return GroupStatistics(*(each[group].to(values) for each in (means, squares.sqrt(), sizes, largest)))
 
 
 def shard(items: list, rank: int | None = None, count: int | None = None) -> list:

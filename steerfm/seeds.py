@@ -58,6 +58,31 @@ def uniform(seeds: Sequence[int], *, count: int = 1, stream: str = "resample", s
     return torch.from_numpy(np.stack([generator(seed, stream, step).random(count) for seed in seeds]))
 
 
+class RowDraws:
+    """Random numbers for the rows of a training batch: a row's depend on (seed, step), its number and what it drew.
+
+    rows: the numbers, in the global batch, of the rows that this process holds, so that a batch divided among
+    processes draws what it would draw on one.
+    """
+
+    def __init__(self, seed: int, step: int, rows: Sequence[int]) -> None:
+        self.rows = rows
+        self._common = generator(seed, "training", step)
+        self._own = [np.random.Generator(np.random.Philox(_sequence(seed, "training", step, row))) for row in rows]
+
+    def normal(self, shape: Sequence[int], count: int = 1) -> Tensor:
+        """Return standard normal numbers, (rows * count, *shape), float64; those of one row are neighbours."""
+        return torch.from_numpy(np.concatenate([own.standard_normal((count, *shape)) for own in self._own]))
+
+    def uniform(self, count: int = 1) -> Tensor:
+        """Return numbers in [0, 1), (rows * count,), float64; those of one row are neighbours."""
+        return torch.from_numpy(np.concatenate([own.random(count) for own in self._own]))
+
+    def common(self, count: int = 1) -> list[float]:
+        """Return `count` numbers in [0, 1) that are the same on every process."""
+        return self._common.random(count).tolist()
+
+
 def whole(seed: int) -> int:
     """Return the seed as an int; raises ConfigError for one that is negative or no whole number."""
     if seed < 0 or seed != int(seed):

@@ -40,9 +40,12 @@ def step_generator(module: lightning.LightningModule, seed: int) -> torch.Genera
     what it would have drawn.
     """
     rank, count = world()
-    trainer = module.trainer
-    batches = trainer.fit_loop.epoch_loop.total_batch_idx
-    return torch_generator(seed, "training", max(batches, 0) * count + rank)
+    return torch_generator(seed, "training", batches_so_far(module) * count + rank)
+
+
+def batches_so_far(module: lightning.LightningModule) -> int:
+    """Return the number of the batch, from 0, accumulated ones counted too; a resumed run goes on with it."""
+    return max(module.trainer.fit_loop.epoch_loop.total_batch_idx, 0)
 
 
 def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -> None:

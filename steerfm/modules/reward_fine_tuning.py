@@ -1,107 +1,194 @@
-"""Move a flow map toward a reward, and watch what it was not asked for."""
+"""Move a flow map toward a reward, keep it a flow map, and watch what it was not asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from steerfm.distributed import world
 from steerfm.divergence import monitor
 from steerfm.errors import ConfigError, RewardError, TrainingError
-from steerfm.finetuning import DirectBackprop
+from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
+from steerfm.finetuning.common import without_gradient
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import Guest, configure, save_averaged, step_generator
+from steerfm.modules.common import Guest, batches_so_far, configure, save_averaged, step_generator
+from steerfm.objectives import Compositional
+from steerfm.objectives.teachers import Following, parts_of
 from steerfm.reward import Scores, as_reward
 from steerfm.reward_adapters import means
+from steerfm.sampling import few_jumps
 from steerfm.saving import describe_flow_map
-from steerfm.types import State
+from steerfm.seeds import RowDraws
+from steerfm.times import Anchored, TimeLaw, Triangle
+from steerfm.types import State, Values
 
 
 class RewardFineTuning(lightning.LightningModule):
-    """Fine-tune a flow map toward a reward, on batches {"prompt": list of str}.
+    """Fine-tune a flow map toward a reward, on batches {"prompt": list of str}, with more where the method asks.
 
-    reward: anything that `steerfm.reward.as_reward` takes. method: a method of steerfm.finetuning.
-    temperature: the target is p(x0) exp(r(x0) / temperature), positive. held_out: rewards that are logged and
-    never optimised. monitor_every: steps between measurements of held-out rewards, of the divergence D from
-    the reference and of the semigroup defect. The reference is the map as given here, frozen. Reward, held-out
-    rewards and reference stay out of checkpoints and of the optimiser. seed: as in FlowMapTraining.
+    reward: anything that `steerfm.reward.as_reward` takes; None for methods that learn from pairs. method: a method of
+    steerfm.finetuning. temperature: the target is p(x0) exp(r(x0) / temperature), positive. held_out: rewards that are
+    logged and never optimised. consistency: an objective that brings the jumps to where the velocity has gone, on the
+    tuned map's own samples, with weight consistency_weight and intervals from `times`, off the diagonal; by default
+    `Compositional()` for methods that move the velocity alone, None is none. jumps: in which samples are drawn for it
+    and for the monitor, where the method draws none. adapter: makes the map that is tuned from the one given, and says
+    which of its parameters are; all by default. monitor_every: steps between measurements of held-out rewards, of the
+    divergence D from the reference and of the semigroup defect. micro_batch: pictures decoded and scored at once. The
+    reference is the map as given here, frozen. Reward, held-out rewards and reference stay out of checkpoints and of
+    the optimiser. seed: of all noise, which depends on (seed, batch, row) and not on the number of processes.
     """
 
     def __init__(
         self,
         flow_map: FlowMap,
-        reward: Any,
-        method: DirectBackprop | None = None,
+        reward: Any = None,
+        method: FineTuning | None = None,
         temperature: float = 0.1,
         held_out: Sequence[Any] = (),
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         monitor_every: int = 25,
         seed: int = 0,
+        *,
+        consistency: Callable[..., Values] | Literal["auto"] | None = "auto",
+        consistency_weight: float = 1.0,
+        times: TimeLaw | None = None,
+        jumps: int = 4,
+        adapter: Callable[[FlowMap], FlowMap] | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ConfigError(f"temperature must be positive, got {temperature}: it divides the reward.")
         self.method = method or DirectBackprop()
-        self._reward = Guest(as_reward(reward))
-        if not self._reward.module.differentiable:
-            raise RewardError(
-                f"'{self._reward.module.name}' has no gradient, and {type(self.method).__name__} needs one: "
-                "steer with best of n instead, or use a differentiable stand-in."
-            )
+        self._reward = None if reward is None else Guest(as_reward(reward))
+        self._check_reward()
         self._held_out = [Guest(as_reward(r)) for r in held_out]
         self._reference = Guest(flow_map.frozen_copy())
-        self.flow_map = flow_map.train().requires_grad_(True)
+        self.flow_map = flow_map.train().requires_grad_(True) if adapter is None else adapter(flow_map.train())
         self.temperature = temperature
+        auto = Compositional() if self.method.moves == "velocity" else None
+        self.consistency = auto if consistency == "auto" else consistency
+        self.consistency_weight = consistency_weight
+        self.times = times or Anchored(Triangle(diagonal=0.0))
+        if self.times.diagonal_rows(100):
+            raise ConfigError("The velocity is the method's to move: the times of consistency need diagonal=0.")
+        teachers, companions = parts_of({"method": self.method, "consistency": self.consistency})
+        self._teachers = [Guest(teacher) for teacher in teachers]
+        self.companions = nn.ModuleDict(companions)
+        self._followers = [module for module in self.companions.modules() if isinstance(module, Following)]
+        for follower in self._followers:
+            follower.begin(self.flow_map)
+        self._followed = 0  # the optimiser step up to which the companions have followed
         self.optimizer = optimizer or partial(AdamW, lr=1e-4)
         self.scheduler = scheduler
         self.monitor_every = monitor_every
         self.seed = seed
+        self.jumps = jumps
+        self.micro_batch = micro_batch
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        prompts = batch["prompt"]
-        generator = step_generator(self, self.seed)
-        shape = (len(prompts), *self.flow_map.data_shape)
-
-        def draw(step: int) -> State:
-            return torch.randn(shape, generator=generator).to(self.device, self.flow_map.dtype)
-
-        reward = self._reward.on(self.device)
-        reference = self._reference.on(self.device, self.flow_map.dtype)
-        condition = self.flow_map.encode_prompts(prompts)
-        tuned = self.method(self.flow_map, reference, reward, draw(0), prompts, condition, self.temperature, draw)
+        work = self._batch(batch)
+        tuned = self.method(work)
         loss = tuned.loss.mean()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"The fine-tuning loss is {float(loss)} at step {self.global_step} (mean reward "
-                f"{float(tuned.rewards.mean()):.4g}, mean penalty {float(tuned.penalty.mean()):.4g}): lower the "
-                "learning rate, or raise the temperature."
-            )
+        self._require_finite(loss, tuned)
+        x0 = None if tuned.x0 is None else tuned.x0.detach()
+        watched = self.global_step % self.monitor_every == 0
+        if x0 is None and (watched or self.consistency is not None):
+            with torch.no_grad():
+                x0 = few_jumps(self.flow_map, work.normal(), self.jumps, work.condition)
         self.log("loss", loss)
-        self.log("reward", tuned.rewards.mean(), prog_bar=True)
-        self.log("penalty", tuned.penalty.mean(), prog_bar=True)
-        self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))))
-        if self.global_step % self.monitor_every == 0:
-            self._monitor(tuned.x0.detach(), prompts, condition, generator)
+        if tuned.rewards is not None:
+            self.log("reward", tuned.rewards.mean(), prog_bar=True)
+            self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))))
+        self.log_dict({name: values.detach().mean() for name, values in tuned.figures.items()})
+        if self.consistency is not None:
+            gap = self._inconsistency(work, x0[:: len(x0) // len(work.prompts)])  # type: ignore[index,arg-type]
+            self.log("consistency", gap)
+            loss = loss + self.consistency_weight * gap
+        if watched:
+            self._monitor(x0, work)  # type: ignore[arg-type]
         return loss
 
+    def _batch(self, batch: dict[str, Any]) -> Batch:
+        """Return what the method works with: everything on the device, the noise of these rows."""
+        prompts, (rank, _) = batch["prompt"], world()
+        rows = range(rank * len(prompts), (rank + 1) * len(prompts))
+        return Batch(
+            flow_map=self.flow_map,
+            reference=self._reference.on(self.device, self.flow_map.dtype),
+            reward=None if self._reward is None else self._reward.on(self.device),  # type: ignore[arg-type]
+            prompts=prompts,
+            condition=self.flow_map.encode_prompts(prompts),
+            temperature=self.temperature,
+            draws=RowDraws(self.seed, batches_so_far(self), rows),
+            generator=step_generator(self, self.seed),
+            step=self.global_step,
+            micro_batch=self.micro_batch,
+            data=batch,
+        )
+
+    def _inconsistency(self, work: Batch, x0: State) -> Tensor:
+        """Return the mean loss of the consistency rule on noisy states of x0."""
+        assert self.consistency is not None
+        s, t = (each.to(x0) for each in self.times(len(x0), work.generator, self.global_step))
+        x1 = work.normal()
+        return self.consistency(
+            self.flow_map, x0, x1, s, t, work.condition, work.generator, self.global_step
+        ).mean()  # fmt: skip
+
     @torch.no_grad()
-    def _monitor(self, x0: State, prompts: list[str], condition: Any, generator: torch.Generator) -> None:
+    def _monitor(self, x0: State, work: Batch) -> None:
         """Log held-out rewards, divergence and semigroup defect at the current samples."""
+        count = len(x0) // len(work.prompts)
+        prompts = [prompt for prompt in work.prompts for _ in range(count)]
         images = self.flow_map.decode(x0)
         for guest in self._held_out:
             self.log_dict(_named("held_out", means(guest.on(self.device)(images, prompts))), prog_bar=True)
-        measured = monitor(self.flow_map, self._reference.on(self.device), x0, condition, generator)
+        measured = monitor(self.flow_map, work.reference, x0, work.times(count), work.generator)
         self.log_dict(_named("monitor", measured))
 
+    def _require_finite(self, loss: Tensor, tuned: Tuned) -> None:
+        if torch.isfinite(loss):
+            return
+        figures = {"reward": tuned.rewards} | tuned.figures
+        known = [f"mean {name} {float(values.mean()):.4g}" for name, values in figures.items() if values is not None]
+        raise TrainingError(
+            f"The fine-tuning loss is {float(loss)} at step {self.global_step} ({', '.join(known)}): lower the "
+            "learning rate, or raise the temperature."
+        )
+
+    def _check_reward(self) -> None:
+        name = type(self.method).__name__
+        if self._reward is None and self.method.needs_reward:
+            raise RewardError(f"{name} needs a reward, got None: pass any callable (images, prompts) -> (B,) numbers.")
+        if self._reward is not None and self.method.needs_gradient and not self._reward.module.differentiable:
+            raise RewardError(
+                f"'{self._reward.module.name}' has no gradient, and {name} needs one. Use {without_gradient()}, which "
+                "do not; steer with best of n; or use a differentiable stand-in."
+            )
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teachers:
+            teacher.on(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step > self._followed:  # not where the batch was accumulated
+            self._followed = self.global_step
+            for follower in self._followers:
+                follower.follow(self.flow_map, self.global_step)
+        if self.method.steps is not None and self.global_step >= self.method.steps:
+            self.trainer.should_stop = True
+
     def configure_optimizers(self) -> Any:
-        return configure(self.flow_map.parameters(), self.optimizer, self.scheduler)
+        return configure(self.parameters(), self.optimizer, self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_map"] = describe_flow_map(self.flow_map)

@@ -12,7 +12,7 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.solvers import shares
 from steerfm.steering.common import Outcome, Run, Steering, check_counts
-from steerfm.steering.guidance import Gradient, check_option, check_window, normalised
+from steerfm.steering.guidance import Gradient, check_option, check_window, itself, normalised
 from steerfm.times import time_grid
 from steerfm.types import Condition, State, Values
 
@@ -29,7 +29,9 @@ class FlowMapControl(Steering):
 
     variant: "jacobian" differentiates the look-ahead; "endpoint" climbs from the look-ahead L to a better end z, by
     `inner` steps of size strength along grad r, and moves by sigma(s) alpha(t) (z - L) (linear: s (1 - t)), without a
-    backward pass of the map and not in proportion to the step. inner: gradient steps each step. window: the lowest
+    backward pass of the map and not in proportion to the step. inner: gradient steps each step; at the end each
+    multiplies the distance to a bowl's best by 1 - strength curvature, so that with two or more a strength above
+    2 / curvature diverges (with one, which moves by a share of it, a few times that). window: the lowest
     and highest source time at which it acts. gradient: "raw", or "normalised" to a root mean square of 1 for each
     sample. Needs a differentiable reward. Reference: Huang et al. 2026, arXiv 2604.27147 (FMRG-J and FMRG-E).
     """
@@ -77,10 +79,10 @@ class FlowMapControl(Steering):
 
     def _at_the_end(self, run: Run, x: State, s: float, t: float) -> tuple[State, Values, State]:
         """Return the look-ahead, its reward, and sigma(s) alpha(t) times the climb from there."""
-        clean, values, gradient = run.reward_gradient(run.look_ahead(x, s), _itself)
+        clean, values, gradient = run.reward_gradient(run.look_ahead(x, s), itself)
         climb = self._scaled(gradient, 1.0)
         for _ in range(self.inner - 1):
-            climb = climb + self._scaled(run.reward_gradient(clean + climb, _itself)[2], 1.0)
+            climb = climb + self._scaled(run.reward_gradient(clean + climb, itself)[2], 1.0)
         path = run.flow_map.path
         return clean, values, shares(path, s)[1] * shares(path, t)[0] * climb
 
@@ -91,7 +93,3 @@ class FlowMapControl(Steering):
 
 def _look_ahead(flow_map: FlowMap, s: float, x: State, condition: Condition | None) -> State:
     return flow_map.look_ahead(x, s, condition)
-
-
-def _itself(x0: State, condition: Condition | None) -> State:
-    return x0

@@ -19,7 +19,21 @@ from torch.nn.parallel import DistributedDataParallel
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
 from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, world
-from steerfm.finetuning import DirectBackprop
+from steerfm.finetuning import (
+    AdjointMatching,
+    Batch,
+    DirectBackprop,
+    DirectPreference,
+    FineTuning,
+    LeapAlign,
+    NegativeAware,
+    PolicyGradient,
+    RewardAdaptive,
+    RewardFeedback,
+    TiltMatching,
+    ValueMatching,
+    WeightedRegression,
+)
 from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, DiT, UNet
 from steerfm.networks.mlp import randomise
@@ -35,7 +49,9 @@ from steerfm.objectives import (
     Total,
 )
 from steerfm.reward import as_reward
+from steerfm.seeds import RowDraws
 from steerfm.steering import FlowMapTilting, NoiseSampling
+from steerfm.steering.posterior import Glass
 
 ROWS = 8  # of the global batch
 SPLIT = 3  # where the uneven rows of `functions` are divided
@@ -133,19 +149,43 @@ def objective_step(name: str) -> Callable[[FlowMap], Tensor]:
     return step
 
 
-def tuning_step(penalty: Any) -> Callable[[FlowMap], Tensor]:
-    """Return the mean loss of direct back-propagation on this process's rows."""
-    reference, reward = (
-        flow_map(seed=7).requires_grad_(False),
-        as_reward(lambda images: images.square().mean((1, 2, 3))),
-    )
-    method = DirectBackprop(2, penalty=penalty)
+METHODS: dict[str, FineTuning] = {
+    "noise": DirectBackprop(2, penalty="noise"),
+    "path": DirectBackprop(2, penalty="path"),
+    "random": DirectBackprop(3, "random", penalty="sample"),
+    "renoised": DirectBackprop(2, 1, penalty="sample", renoised=2),
+    "reward_feedback": RewardFeedback(),
+    "leap_align": LeapAlign(4),
+    "adjoint_matching": AdjointMatching(4, matched=2),
+    "weighted_regression": WeightedRegression(1, 2),
+    "tilt_matching": TiltMatching(1, 2),
+    "reward_adaptive": RewardAdaptive(1, 2),
+    "value_matching": ValueMatching(3, Glass(2), levels=3, jumps=1),
+    "negative_aware": NegativeAware(0.3, 0.4, jumps=1, repeats=2),
+    "policy_gradient": PolicyGradient(3),
+    "policy_gradient_jumps": PolicyGradient(2, "jumps", every=2),
+    "preferences": DirectPreference(2),
+}
+
+
+def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
+    """Return the mean loss of a fine-tuning method on this process's rows, whose prompts repeat."""
+    method = METHODS[name]
+    reward = as_reward(lambda images: images.square().mean((1, 2, 3)))
+    companion = getattr(method, "old", None)
+    if companion is not None:
+        companion.begin(flow_map(seed=8))
+    pictures = {f"image_{side}": own(normal(40 + i, ROWS, 1, 8, 8).sigmoid()) for i, side in enumerate("ab")}
+    pictures["preferred"] = own(torch.arange(ROWS) % 2)
 
     def step(network: FlowMap) -> Tensor:
-        texts, x1 = own(prompts()), own(normal(9, ROWS, 1, 8, 8))
-        condition = network.encode_prompts(texts)
-        draw = lambda i: own(normal(20 + i, ROWS, 1, 8, 8))  # noqa: E731
-        return method(network, reference, reward, x1, texts, condition, 0.3, draw).loss.mean()
+        rows = own(range(ROWS))
+        texts = [prompts()[row // 2] for row in rows]
+        work = Batch(
+            network, flow_map(seed=7).requires_grad_(False), reward, texts, network.encode_prompts(texts), 0.3,
+            RowDraws(0, 1, rows), torch.Generator().manual_seed(0), data=pictures,
+        )  # fmt: skip
+        return method(work).loss.mean()
 
     return step
 
@@ -155,9 +195,9 @@ def all_gradients() -> Iterator[tuple[str, Tensor]]:
         for name in OBJECTIVES:
             for parameter, gradient in gradients(Loss(flow_map(kind), objective_step(name))).items():
                 yield f"gradient/{kind}/{name}/{parameter}", gradient
-    for penalty in ("noise", "path"):
-        for parameter, gradient in gradients(Loss(flow_map(), tuning_step(penalty))).items():
-            yield f"gradient/mlp/{penalty}/{parameter}", gradient
+    for name in METHODS:
+        for parameter, gradient in gradients(Loss(flow_map(), tuning_step(name))).items():
+            yield f"gradient/mlp/{name}/{parameter}", gradient
 
 
 def functions() -> Iterator[tuple[str, Tensor]]:
@@ -174,8 +214,9 @@ def functions() -> Iterator[tuple[str, Tensor]]:
     mean, std = mean_and_std(values)
     yield "mean_and_std", torch.stack([mean, std])
     for size in (2, 4, 8):  # groups lie across the division
-        yield f"own/group_mean/{size}", group_statistics(values, size)[0]
-        yield f"own/group_std/{size}", group_statistics(values, size)[1]
+        groups = [str(row // size) for row in range(ROWS)][mine]
+        for name, statistic in zip(("mean", "std", "size", "largest"), group_statistics(values, groups), strict=True):
+            yield f"own/group_{name}/{size}", statistic
     pairs = normal(32, 3, ROWS, 2)
     yield "gather/particles", gather_particles(pairs[:, mine])
 

@@ -47,7 +47,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mlp/noise", "mlp/path", *(f"{n}/{o}" for n in pair.NETWORKS for o in pair.OBJECTIVES)]
+    "kind", [*(f"mlp/{m}" for m in pair.METHODS), *(f"{n}/{o}" for n in pair.NETWORKS for o in pair.OBJECTIVES)]
 )
 def test_gradients_equal_those_of_one_process(kind: str, one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     names = [name for name in one if name.startswith(f"gradient/{kind}/")]
@@ -69,7 +69,7 @@ def test_what_is_gathered_is_everything_on_both(one: dict[str, Tensor], two: lis
 
 def test_own_rows_join_to_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     names = [name for name in one if name.startswith("own/")]
-    assert len(names) == 8
+    assert len(names) == 14
     for name in names:
         assert torch.allclose(torch.cat([found[name] for found in two]), one[name], rtol=1e-12, atol=1e-12), name
         divided = [2, 3] if "tilting" in name else [3, 5]

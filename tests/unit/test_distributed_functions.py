@@ -11,7 +11,6 @@ from steerfm.distributed import (
     shard,
     world,
 )
-from steerfm.errors import ConfigError
 
 
 def test_one_process_is_the_whole_world() -> None:
@@ -25,15 +24,15 @@ def test_one_process_is_the_whole_world() -> None:
     assert torch.allclose(std.float(), values.std(unbiased=False))
 
 
-def test_groups_are_neighbours() -> None:
-    values = torch.tensor([1.0, 3.0, 10.0, 10.0, -1.0, 1.0], requires_grad=True)
-    mean, std = group_statistics(values, 2)
-    assert mean.tolist() == [2, 2, 10, 10, 0, 0]
-    assert std.tolist() == [1, 1, 0, 0, 1, 1]
+def test_groups_are_rows_of_one_name() -> None:
+    values = torch.tensor([1.0, 10.0, 3.0, -1.0, 10.0, 7.0], requires_grad=True)
+    mean, std, size, largest = group_statistics(values, ["a", "b", "a", "", "b", "a"])
+    assert torch.allclose(mean, torch.tensor([11 / 3, 10, 11 / 3, -1, 10, 11 / 3]))
+    assert torch.allclose(std, torch.tensor([56 / 9, 0, 56 / 9, 0, 0, 56 / 9]).sqrt())
+    assert size.tolist() == [3, 2, 3, 1, 2, 3]
+    assert largest.tolist() == [7, 10, 7, -1, 10, 7]
     assert mean.dtype == values.dtype
     assert not mean.requires_grad
-    with pytest.raises(ConfigError, match="6 rows cannot be divided into groups of 4"):
-        group_statistics(values, 4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

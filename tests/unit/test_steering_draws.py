@@ -1,5 +1,6 @@
 """Draws of x0 given x_t and what is steered by them; guidance's options; guidance as control."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from steerfm.flow_map import as_times
 from steerfm.paths import Linear, Path
 from steerfm.reward import Reward
 from steerfm.solvers import shares
+from steerfm.steering import Watch
 from steerfm.steering.control import FlowMapControl
 from steerfm.steering.guidance import Guidance, Push
 from steerfm.steering.posterior import (
@@ -381,6 +383,43 @@ def test_time_travel_keeps_the_law_and_its_price() -> None:
     assert rewards[1] > rewards[0] + 0.1
 
 
+@on_every_path
+def test_backward_steps_move_the_mean_at_a_given_state(path: Path) -> None:
+    """For a linear reward two steps climb 2 rate a / T. Were the mean so much further, one step would end there:
+
+    from s to t it adds (s - t) d / sigma(s) of it, and what is there at t arrives dF(x, t, 0)/dx times as large. The
+    push through the mean comes on top, as it would alone, since the flow is linear.
+    """
+    flow_map, reward = analytic_flow_map(GaussianMixture([MEAN], [0.49]), path, steps=2), QuadraticReward.linear(A)
+
+    alone, both = (
+        LookAheadGuidance(5, 0.5, "posterior_mean", rate=0.3, backward=n)(flow_map, reward, seeds=range(3))
+        for n in (0, 2)
+    )
+    assert both.cost.network_calls == alone.cost.network_calls == 5 * 4
+    assert (both.cost.reward_gradients, alone.cost.reward_gradients) == (5 * 3, 5)
+    grid, climb = time_grid(5), 2 * 0.3 * tensor(*A) / 0.5
+    spread = [float(torch.hypot(0.7 * path.alpha(tensor(t)), path.sigma(tensor(t)))) for t in grid]
+    share = sum(
+        (s - t) * float(path.determinant(tensor(s)) / path.sigma(tensor(s))) * spread[-1] / spread[i + 1]
+        for i, (s, t) in enumerate(itertools.pairwise(grid))
+    )
+    assert torch.allclose(both.x0 - alone.x0, (share * climb).expand(3, 2), atol=1e-6)
+
+
+def test_backward_steps_of_the_right_size_end_at_the_best_there_is() -> None:
+    """The linear path's last step leads to the mean and its climb: with 1 / curvature, rate / T, to the bowl's y.
+
+    What is left is the push through the mean, and the gap of that step between the mean and the jump.
+    """
+    flow_map, reward, y = gaussian_map(MEAN, 0.7), QuadraticReward.distance([1.5, -0.7], 4.0), tensor(1.5, -0.7)
+    options: dict[str, Any] = {"window": (0.0, 0.25), "clean": "posterior_mean"}
+    watch = Watch(look_aheads=True)
+    alone = LookAheadGuidance(4, 0.5, **options)(flow_map, reward, seeds=range(3), watch=watch)
+    both = LookAheadGuidance(4, 0.5, **options, backward=1, rate=0.5 / 4)(flow_map, reward, seeds=range(3))
+    assert torch.allclose(both.x0 - alone.x0, y - alone.trace["look_ahead"][:, -1])
+
+
 def test_wrong_options_of_guidance_are_said() -> None:
     for make, message in (
         (lambda: LookAheadGuidance(window=(0.5, 0.5)), r"lowest and the highest, within \[0, 1\]; got \[0.5, 0.5\]"),
@@ -388,6 +427,9 @@ def test_wrong_options_of_guidance_are_said() -> None:
         (lambda: LookAheadGuidance(gradient="unit"), "gradient is 'raw' or 'normalised', got 'unit'"),  # type: ignore[arg-type]
         (lambda: LookAheadGuidance(through="map"), "through is 'network' or 'identity', got 'map'"),  # type: ignore[arg-type]
         (lambda: LookAheadGuidance(noise="much"), "noise is 'memoryless' or 'gentle', got 'much'"),  # type: ignore[arg-type]
+        (lambda: LookAheadGuidance(clean="posterior_mean", backward=-1), "at least 0, .*; got -1 and 1"),
+        (lambda: LookAheadGuidance(clean="posterior_mean", rate=0.0), "above 0; got 0 and 0"),
+        (lambda: LookAheadGuidance(backward=1), "moves the posterior mean: add clean='posterior_mean'"),
         (lambda: LookAheadGuidance(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: FlowMapControl(variant="both"), "variant is 'jacobian' or 'endpoint', got 'both'"),  # type: ignore[arg-type]
         (lambda: FlowMapControl(strength=0.0), "strength must be positive, got 0.0"),
@@ -429,6 +471,19 @@ def test_control_overshoots_where_the_reward_bends() -> None:
         found = float(method(flow_map, QuadraticReward.distance([y], 4.0), seeds=[3]).x0)
         assert found == pytest.approx(greedy, abs=0.02 * abs(free - y))
         assert abs(found - free) > abs(best - free)
+
+
+@pytest.mark.parametrize(("inner", "steps"), [(1, 1), (5, 1), (5, 16)])
+def test_climbs_at_the_end_diverge_above_twice_the_inverse_curvature(inner: int, steps: int) -> None:
+    """One step of control leads from L to y + (1 - strength curvature)^inner (L - y); many steps repeat that."""
+    flow_map, y = gaussian_map([0.5], 0.7), 1.6
+    free = float(Unsteered("jumps", 1)(flow_map, seeds=[3]).x0) - y
+    for share in (0.5, 1.5, 3.0):
+        method = FlowMapControl(steps, share / 4.0, "endpoint", inner=inner)
+        gap = float(method(flow_map, QuadraticReward.distance([y], 4.0), seeds=[3]).x0) - y
+        if steps == 1:
+            assert gap == pytest.approx((1 - share) ** inner * free)
+        assert (abs(gap) > abs(free)) == (share > 2)
 
 
 def test_control_pays_for_what_it_calls() -> None:
