@@ -47,6 +47,7 @@ from steerfm.steering.posterior import (
     value_gradient,
 )
 from steerfm.steering.posterior_guidance import PosteriorDrawGuidance
+from steerfm.times import time_grid
 
 A, MEAN = (0.8, -0.5), (0.3, -0.2)
 N = 4000
