@@ -40,9 +40,12 @@ def statistics(features: Tensor) -> Statistics:
 def frechet_distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
     """Return the squared Fréchet distance of two sets of features (N, *dim) and (M, *dim), or of their statistics.
 
-    In float64, by eigenvalues. It depends on N and M: see the module. Raises DataError for sets of different
-    dimension, of fewer than two rows, or with values that are not finite.
+    In float64, by eigenvalues, or by the rows' products where a set has fewer rows than dimensions. It depends on N
+    and M: see the module. Raises DataError for sets of different dimension, of fewer than two rows, or with values
+    that are not finite.
     """
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and min(len(a), len(b)) < a[0].numel():
+        return _of_few_rows(a, b)
     first = a if isinstance(a, Statistics) else statistics(a)
     second = b if isinstance(b, Statistics) else statistics(b)
     same_dimension(first.mean[None], second.mean[None])
@@ -52,6 +55,16 @@ def frechet_distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp(min=0).sqrt().sum()
     distance = shift + first.covariance.trace() + second.covariance.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def _of_few_rows(a: Tensor, b: Tensor) -> float:
+    """Return the same without a covariance: with C1 = AᵀA and C2 = BᵀB, tr (C1 C2)^½ sums ABᵀ's singular values."""
+    x, y = (as_vectors(each, least=2, name="A Fréchet distance") for each in (a, b))
+    same_dimension(x, y)
+    A, B = ((each - each.mean(0)) / (len(each) - 1) ** 0.5 for each in (x, y))
+    shift = (x.mean(0) - y.mean(0)).square().sum()
+    distance = shift + A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
     return max(float(distance), 0.0)
 
 
