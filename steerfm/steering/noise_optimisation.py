@@ -9,7 +9,7 @@ import torch
 from steerfm.errors import ConfigError
 from steerfm.sampling import few_jumps
 from steerfm.steering.argmax import Argmax, found
-from steerfm.steering.common import Outcome, Run, check_counts
+from steerfm.steering.common import Outcome, Run, best, check_counts
 from steerfm.times import time_grid
 from steerfm.types import Condition, State, unsqueeze_like
 
@@ -18,12 +18,13 @@ from steerfm.types import Condition, State, unsqueeze_like
 class NoiseOptimisation(Argmax):
     """Climb r(F(z, 1, 0)) + norm_weight log p(|z|) from a pair's own noise, and keep the best x0 that was met.
 
-    jumps: from noise to data: 1 to 4 are meant. last: how many of them are differentiated, all by default; those before
-    count as the identity, which bounds memory and is biased. iterations: how many noises are judged, the pair's own
-    among them. rate, momentum: of Nesterov's ascent. clip: the gradient's largest norm, sample
-    by sample. norm_weight: of the logarithm of the norm's density under N(0, I), which leaves the direction free; the
-    best is chosen by the reward alone. Needs a differentiable reward; its scale matters beside norm_weight. A budget
-    bounds the iterations. Reference: Eyring et al. 2024, arXiv 2406.04312 (ReNO), whose defaults these are.
+    candidates: it begins at the best of so many noises, each judged without a gradient; 1 is the pair's own. jumps:
+    from noise to data: 1 to 4 are meant. last: how many of them are differentiated, all by default; those before count
+    as the identity, which bounds memory and is biased. iterations: how many noises are judged with a gradient, that at
+    which it begins among them. rate, momentum: of Nesterov's ascent. clip: the gradient's largest norm, sample by
+    sample. norm_weight: of the logarithm of the norm's density under N(0, I), which leaves the direction free; the best
+    is chosen by the reward alone. Needs a differentiable reward; its scale matters beside norm_weight. A budget bounds
+    the iterations. Reference: Eyring et al. 2024, arXiv 2406.04312 (ReNO), whose defaults these are.
     """
 
     jumps: int = 1
@@ -33,10 +34,11 @@ class NoiseOptimisation(Argmax):
     clip: float = 0.1
     norm_weight: float = 0.01
     last: int | None = None
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(jumps=self.jumps, iterations=self.iterations)
+        check_counts(jumps=self.jumps, iterations=self.iterations, candidates=self.candidates)
         if not 1 <= self._with_gradient <= self.jumps:
             raise ConfigError(f"last must lie between 1 and jumps, got last={self.last} and jumps={self.jumps}.")
         for name in ("rate", "clip"):
@@ -64,7 +66,9 @@ class NoiseOptimisation(Argmax):
                 x = z + (reached - z).detach()
             return few_jumps(run.flow_map, x, times[first:], condition)
 
-        z = run.noise()
+        z = run.noise(self.candidates)
+        if self.candidates > 1:
+            z = best(run.rewards(run.rows(carry, z)).reshape(len(run.seeds), -1), z)
         speed, x0 = torch.zeros_like(z), z
         highest = z.new_full((len(z),), -torch.inf)
         for _ in run.rounds(self.iterations):

@@ -15,7 +15,7 @@ from steerfm.analytic import QuadraticReward
 from steerfm.errors import ConfigError, RewardError
 from steerfm.reward import Reward
 from steerfm.sampling import prepare
-from steerfm.steering import Budget, NoiseOptimisation, NoiseSampling, Watch
+from steerfm.steering import BestOfN, Budget, NoiseOptimisation, NoiseSampling, Watch
 from steerfm.steering.noise_optimisation import clipped, norm_gradient
 from steerfm.steering.noise_sampling import log_acceptance, proposal
 from steerfm.types import Samples
@@ -105,6 +105,17 @@ def test_ascent_takes_the_jumps_before_the_last_as_the_identity(last: int | None
     rise = out.trace["reward"][:, 1] - out.trace["reward"][:, 0]
     assert torch.allclose(rise, (SCALE * 0.1 * slope * a @ a).expand(3))
     assert out.cost.network_calls == 2 * (4 + 2 * (last or 4))
+
+
+def test_the_climb_begins_at_the_best_candidate() -> None:
+    """What it meets first is what the best of as many returns; the judging costs a call and a reward a candidate."""
+    flow_map = gaussian_map([0.5, -1.0], 1.0)
+    best = BestOfN(8, 1)(flow_map, bowl, seeds=range(5))
+    out = NoiseOptimisation(1, 3, rate=0.1, candidates=8)(flow_map, bowl, seeds=range(5))
+    assert best.rewards is not None
+    assert torch.equal(out.trace["reward"][:, 0], best.rewards)
+    assert (out.trace["reward"][:, 2] > best.rewards).all()
+    assert (out.cost.network_calls, out.cost.reward_calls, out.cost.reward_gradients) == (8 + 3 * 3, 8 + 3, 3)
 
 
 def test_the_first_noise_may_be_the_best() -> None:
@@ -294,6 +305,7 @@ def test_wrong_arguments_are_said() -> None:
         (lambda: NoiseOptimisation(jumps=2, last=3), "last must lie between 1 and jumps, got last=3 and jumps=2"),
         (lambda: NoiseOptimisation(last=0), "got last=0 and jumps=1"),
         (lambda: NoiseOptimisation(iterations=0), "iterations must be at least 1, got 0"),
+        (lambda: NoiseOptimisation(candidates=0), "candidates must be at least 1, got 0"),
         (lambda: NoiseOptimisation(rate=0), "rate must be positive, got 0"),
         (lambda: NoiseOptimisation(clip=math.nan), "clip must be positive, got nan"),
         (lambda: NoiseOptimisation(momentum=1.0), r"momentum must lie in \[0, 1\), got 1"),
