@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerfm.analytic import GaussianMixture, QuadraticReward, analytic_flow_map
+    from steerfm.backbones import ChosenLayers, LoRA
     from steerfm.building import remembered
     from steerfm.callbacks import EMA, LossByInterval, SampleGrid
     from steerfm.conditions import CaptionWords, FrozenText, Labels, Pictures
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "steerfm.analytic": ("GaussianMixture", "QuadraticReward", "analytic_flow_map"),
+    "steerfm.backbones": ("ChosenLayers", "LoRA"),
     "steerfm.building": ("remembered",),
     "steerfm.callbacks": ("EMA", "LossByInterval", "SampleGrid"),
     "steerfm.conditions": ("CaptionWords", "FrozenText", "Labels", "Pictures"),
@@ -125,6 +127,7 @@ __all__ = [
     "BestOfN",
     "Budget",
     "CaptionWords",
+    "ChosenLayers",
     "ClipTraining",
     "Compositional",
     "Condition",
@@ -148,6 +151,7 @@ __all__ = [
     "Latents",
     "LeapAlign",
     "Linear",
+    "LoRA",
     "LogitNormal",
     "LookAheadGuidance",
     "LossByInterval",

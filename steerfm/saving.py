@@ -192,8 +192,8 @@ def _rebuild(
 
 
 def _fill(flow_map: FlowMap, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load the weights, in the floating type they were saved in where it is one."""
-    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    """Load the weights, in the floating type they were saved in where it is one; LoRA's additions have their own."""
+    types = {t.dtype for name, t in tensors.items() if t.is_floating_point() and ".lora_" not in name}
     if len(types) == 1:
         flow_map.to(types.pop())
     try:

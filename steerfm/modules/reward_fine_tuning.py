@@ -19,9 +19,10 @@ from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest, batches_so_far, configure, save_averaged, step_generator
+from steerfm.networks.sharing import copy_around
 from steerfm.objectives import Compositional
 from steerfm.objectives.teachers import Following, parts_of
-from steerfm.reward import Scores, as_reward
+from steerfm.reward import Reward, Scores, as_reward
 from steerfm.reward_adapters import means
 from steerfm.sampling import few_jumps
 from steerfm.saving import describe_flow_map
@@ -41,8 +42,9 @@ class RewardFineTuning(lightning.LightningModule):
     and for the monitor, where the method draws none. adapter: makes the map that is tuned from the one given, and says
     which of its parameters are; all by default. monitor_every: steps between measurements of held-out rewards, of the
     divergence D from the reference and of the semigroup defect. micro_batch: pictures decoded and scored at once. The
-    reference is the map as given here, frozen. Reward, held-out rewards and reference stay out of checkpoints and of
-    the optimiser. seed: of all noise, which depends on (seed, batch, row) and not on the number of processes.
+    reference is the map as given here, frozen; weights that the adapter freezes are held once. Reward, held-out rewards
+    and reference stay out of checkpoints and of the optimiser. seed: of all noise, which depends on (seed, batch, row)
+    and not on the number of processes.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class RewardFineTuning(lightning.LightningModule):
         self._reward = None if reward is None else Guest(as_reward(reward))
         self._check_reward()
         self._held_out = [Guest(as_reward(r)) for r in held_out]
-        self._reference = Guest(flow_map.frozen_copy())
+        given = copy_around(flow_map)
         self.flow_map = flow_map.train().requires_grad_(True) if adapter is None else adapter(flow_map.train())
+        self._reference = Guest(copy_around(given, [p for p in given.parameters() if not p.requires_grad]))
         self.temperature = temperature
         auto = Compositional() if self.method.moves == "velocity" else None
         self.consistency = auto if consistency == "auto" else consistency
@@ -93,6 +96,21 @@ class RewardFineTuning(lightning.LightningModule):
         self.seed = seed
         self.jumps = jumps
         self.micro_batch = micro_batch
+
+    @property
+    def reward(self) -> Reward | None:
+        """The reward that is optimised, on the module's device; None for methods that learn from pairs."""
+        return None if self._reward is None else self._reward.on(self.device)
+
+    @property
+    def held_out(self) -> list[Reward]:
+        """The rewards that are watched and never optimised, on the module's device."""
+        return [guest.on(self.device) for guest in self._held_out]
+
+    @property
+    def reference(self) -> FlowMap:
+        """The map as it was given, frozen, on the module's device and in the tuned map's type."""
+        return self._reference.on(self.device, self.flow_map.dtype)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         work = self._batch(batch)
@@ -123,8 +141,8 @@ class RewardFineTuning(lightning.LightningModule):
         rows = range(rank * len(prompts), (rank + 1) * len(prompts))
         return Batch(
             flow_map=self.flow_map,
-            reference=self._reference.on(self.device, self.flow_map.dtype),
-            reward=None if self._reward is None else self._reward.on(self.device),  # type: ignore[arg-type]
+            reference=self.reference,
+            reward=self.reward,  # type: ignore[arg-type]
             prompts=prompts,
             condition=self.flow_map.encode_prompts(prompts),
             temperature=self.temperature,
@@ -150,8 +168,8 @@ class RewardFineTuning(lightning.LightningModule):
         count = len(x0) // len(work.prompts)
         prompts = [prompt for prompt in work.prompts for _ in range(count)]
         images = self.flow_map.decode(x0)
-        for guest in self._held_out:
-            self.log_dict(_named("held_out", means(guest.on(self.device)(images, prompts))), prog_bar=True)
+        for held_out in self.held_out:
+            self.log_dict(_named("held_out", means(held_out(images, prompts))), prog_bar=True)
         measured = monitor(self.flow_map, work.reference, x0, work.times(count), work.generator)
         self.log_dict(_named("monitor", measured))
 

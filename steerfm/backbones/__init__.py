@@ -1,0 +1,7 @@
+"""Pretrained models, and what of a map is trained: low-rank additions to its layers, or some of its layers alone."""
+
+from steerfm.backbones.chosen_layers import ChosenLayers
+from steerfm.backbones.lora import LoRA, merged, with_scale, without_lora
+from steerfm.backbones.lora_files import load_adapter, save_adapter
+
+__all__ = ["ChosenLayers", "LoRA", "load_adapter", "merged", "save_adapter", "with_scale", "without_lora"]
