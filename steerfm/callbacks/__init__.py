@@ -1,7 +1,8 @@
-"""Lightning callbacks: weight averages, pictures as training goes, loss by interval."""
+"""Lightning callbacks: weight averages, pictures as training goes, loss by interval, guard rails."""
 
 from steerfm.callbacks.ema import EMA
+from steerfm.callbacks.guard_rails import GuardRails
 from steerfm.callbacks.loss_by_interval import LossByInterval
 from steerfm.callbacks.sample_grid import SampleGrid
 
-__all__ = ["EMA", "LossByInterval", "SampleGrid"]
+__all__ = ["EMA", "GuardRails", "LossByInterval", "SampleGrid"]

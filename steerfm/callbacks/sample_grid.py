@@ -65,15 +65,7 @@ class SampleGrid(Callback):
             )
         with averaged(pl_module):
             sheet = self.sheet(flow_map)
-        step = trainer.global_step
-        images.save_png(sheet, Path(trainer.default_root_dir) / "pictures" / f"step_{step:07d}.png", self.scale)
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "WandbLogger":
-                import wandb
-
-                pixels = np.ascontiguousarray(images.to_uint8(sheet[None])[0])
-                picture = {"samples": wandb.Image(pixels), "trainer/global_step": step}
-                logger.experiment.log(picture)  # type: ignore[attr-defined]
+        keep_picture(trainer, sheet, "step", "samples", self.scale)
 
     def sheet(self, flow_map: FlowMap) -> Tensor:
         """Return the grid as one picture (C, H, W) in [0, 1]."""
@@ -86,6 +78,19 @@ class SampleGrid(Callback):
             pictures = histogram(samples.x0, self.limit)[None] if points else samples.images
             rows.append(pictures.cpu().float())
         return images.grid(torch.cat(rows), columns=len(rows) if points else self.columns)
+
+
+def keep_picture(trainer: Trainer, sheet: Tensor, file: str, title: str, scale: int) -> None:
+    """Write a sheet (C, H, W) to pictures/FILE_STEP.png in default_root_dir, and to W&B where the run logs there."""
+    step = trainer.global_step
+    images.save_png(sheet, Path(trainer.default_root_dir) / "pictures" / f"{file}_{step:07d}.png", scale)
+    for logger in trainer.loggers:
+        if type(logger).__name__ == "WandbLogger":
+            import wandb
+
+            pixels = np.ascontiguousarray(images.to_uint8(sheet[None])[0])
+            picture = {title: wandb.Image(pixels), "trainer/global_step": step}
+            logger.experiment.log(picture)  # type: ignore[attr-defined]
 
 
 def histogram(points: Tensor, limit: float, bins: int = 64) -> Tensor:
