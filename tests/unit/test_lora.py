@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from trainers import copied, digit_map, equal, trainer
 
-from steerfm import EMA, MLP, AdjointMatching, DirectBackprop, DiT, FlowMap, Prompts, RewardFineTuning, UNet
+from steerfm import EMA, MLP, AdjointMatching, DirectBackprop, DiT, FlowMap, Prompts, RewardFineTuning, UNet, config
 from steerfm.backbones import ChosenLayers, LoRA, load_adapter, merged, save_adapter, with_scale, without_lora
 from steerfm.backbones.lora import LoRANetwork, lora_of
 from steerfm.conditions import Labels
+from steerfm.config import Library
 from steerfm.digits import CAPTIONS
 from steerfm.errors import CheckpointError, ConfigError
 from steerfm.finetuning import FineTuning
@@ -375,3 +376,9 @@ def test_a_network_is_rebuilt_from_its_description(tmp_path: Path) -> None:
     assert isinstance(network, LoRANetwork)
     assert (network.rank, network.alpha, network.adapted) == (2, 2.0, lora_of(tuned).adapted)
     assert trainable(network) == trainable(lora_of(tuned))
+
+
+@pytest.mark.parametrize("option", sorted(Library().options("adapter")))
+def test_every_adapter_is_a_choice_of_fine_tuning_recipes(option: str) -> None:
+    composed = config.compose("finetune", ["recipe=digits_finetune", "map=m", "clip=c", f"+adapter={option}"])
+    assert isinstance(config.instantiate(composed.values["module"]["adapter"]), LoRA | ChosenLayers)
