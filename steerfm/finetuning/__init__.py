@@ -5,6 +5,7 @@ from steerfm.finetuning.common import Batch, FineTuning, Tuned
 from steerfm.finetuning.direct import DirectBackprop
 from steerfm.finetuning.leap_align import LeapAlign
 from steerfm.finetuning.negative_aware import NegativeAware
+from steerfm.finetuning.noise_adapter import AdaptedNoise, NoiseAdapter
 from steerfm.finetuning.policy_gradient import PolicyGradient
 from steerfm.finetuning.preferences import DirectPreference
 from steerfm.finetuning.reward_adaptive import RewardAdaptive
@@ -15,6 +16,7 @@ from steerfm.finetuning.value_matching import ValueMatching
 from steerfm.finetuning.weighted_regression import WeightedRegression
 
 __all__ = [
+    "AdaptedNoise",
     "AdjointMatching",
     "Batch",
     "DirectBackprop",
@@ -22,6 +24,7 @@ __all__ = [
     "FineTuning",
     "LeapAlign",
     "NegativeAware",
+    "NoiseAdapter",
     "PolicyGradient",
     "RewardAdaptive",
     "RewardDistillation",
