@@ -177,7 +177,7 @@ class RewardFineTuning(lightning.LightningModule):
         if torch.isfinite(loss):
             return
         figures = {"reward": tuned.rewards} | tuned.figures
-        known = [f"mean {name} {float(values.mean()):.4g}" for name, values in figures.items() if values is not None]
+        known = [f"mean {name} {float(values.detach().mean()):.4g}" for name, values in figures.items() if values is not None]
         raise TrainingError(
             f"The fine-tuning loss is {float(loss)} at step {self.global_step} ({', '.join(known)}): lower the "
             "learning rate, or raise the temperature."

@@ -41,11 +41,21 @@ def test_two_samples_are_drawn_and_kept(name: str, here: Path):
     assert (here / "runs" / name / "reference.safetensors").exists()
 
 
-@pytest.mark.parametrize("method", sorted(set(LIBRARY.options("method")) - {"unsteered", "direct"}))
+TUNING = sorted(name for name, path in LIBRARY.options("method").items() if "steerfm.finetuning" in path.read_text())
+
+
+@pytest.mark.parametrize("method", sorted(set(LIBRARY.options("method")) - {"unsteered", *TUNING}))
 def test_every_steering_method_steers(method: str, here: Path):
     assert main(tiny("digits_steer", f"method={method}", f"name={method}")) == 0
     rows = [json.loads(line) for line in (here / "runs" / method / "samples.jsonl").read_text().splitlines()]
     assert all(isinstance(row["reward"], float) and 0 <= row["held_out"]["judge"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("method", sorted(set(TUNING) - {"dpo"}))  # which has a recipe of its own
+def test_every_fine_tuning_method_tunes(method: str, here: Path):
+    more = ["method.center=0.5", "method.divisor=0.5"] if method == "nft" else []
+    assert main(tiny("digits_finetune", f"method={method}", f"name=tuned_{method}", "callbacks=null", *more)) == 0
+    assert any((here / "runs" / f"tuned_{method}" / "map").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("objective", sorted(LIBRARY.options("objective")))
