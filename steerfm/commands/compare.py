@@ -45,7 +45,9 @@ def show(folder: Path) -> None:
 
 def _comparison(values: dict[str, Any]) -> report.Comparison:
     with common.console.status("Comparing"):
-        return report.compare(values["runs"], subsets=values["subsets"], x=values["x"], root=values["folder"])
+        return report.compare(
+            values["runs"], subsets=values["subsets"], x=values["x"], root=values["folder"], lines=values["lines"]
+        )
 
 
 def _check_report(asked: str) -> None:

@@ -38,11 +38,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Line:
+    """Hold one line of the picture: its column, its label, and the labels of its runs, such as one method's budgets."""
+
+    group: str
+    label: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Hold what was found: a row each, differences to the first run, and what makes the rows hard to compare.
 
     `x` is the cost that the plots put on their horizontal axis. `equal_samples` is the number of samples at which
-    every row's `frechet_equal` is taken, or None where all have the same number.
+    every row's `frechet_equal` is taken, or None where all have the same number. `lines`: which runs belong together.
     """
 
     rows: tuple[Row, ...]
@@ -55,6 +64,7 @@ class Comparison:
     subsets: tuple[dict[str, Any], ...] = ()
     equal_samples: int | None = None
     root: str = "runs"
+    lines: tuple[Line, ...] = ()
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -79,17 +89,20 @@ def compare(
     subsets: Sequence[Mapping[str, Any]] = (),
     x: str = "network_calls",
     root: str | Path = "runs",
+    lines: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> Comparison:
     """Compare finished runs, given by folder or by name below `root`; the first is what the others are held against.
 
     Each subset {"label", "run", "where", "above"} adds a row of the samples of a run whose value "reward",
     "held_out.NAME" or "parts.NAME" lies above a number. Reference data add a row too. x: the cost that the plots
-    use. Raises RunError for a run that is missing, unfinished, damaged or without samples, and for an unknown x
-    or subset.
+    use. lines: {column: {label: runs}}, compared runs that the picture joins, such as one method at several costs.
+    Raises RunError for a run that is missing, unfinished, damaged or without samples, and for an unknown x, subset or
+    run of a line.
     """
     if x not in COSTS:
         raise RunError(f"Unknown cost '{x}' for x{nearest(x, COSTS) or '.'} The costs are: {', '.join(COSTS)}.")
     sources = load_all(runs, root)
+    joined = _lines(lines or {}, sources)
     geometries = _geometries(sources)
     warnings = warnings_about(sources)
     parts = [_Part(source, geometry) for source, geometry in zip(sources, geometries, strict=True)]
@@ -111,7 +124,22 @@ def compare(
         subsets=tuple(dict(subset) for subset in subsets),
         equal_samples=equal,
         root=str(root),
+        lines=joined,
     )
+
+
+def _lines(asked: Mapping[str, Mapping[str, Sequence[str]]], sources: Sequence[Source]) -> tuple[Line, ...]:
+    """Return the lines, their runs found by name or label among those compared."""
+    known = {name: source.label for source in sources for name in (source.label, source.info.name)}
+    found = []
+    for group, lines in asked.items():
+        for label, runs in lines.items():
+            for run in runs:
+                if str(run) not in known:
+                    near = nearest(str(run), known) or "."
+                    raise RunError(f"The line '{label}' names '{run}', which is not compared{near} Add it to the runs.")
+            found.append(Line(str(group), str(label), tuple(known[str(run)] for run in runs)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from steerfm.report import charts
 from steerfm.report.columns import Column, columns, difference_text, differences, interval, number
 from steerfm.report.compare import Comparison
+from steerfm.report.curves import curves, described
 from steerfm.report.pictures import chosen_pairs, data_uri, is_tiny, read_picture, rows_by_pair
 from steerfm.report.rows import Row
 from steerfm.report.sources import Source
@@ -66,7 +67,8 @@ def page(comparison: Comparison, title: str = "") -> str:
             summary=_summary(comparison),
             comparison=comparison,
             **_tables(comparison),
-            charts=charts.charts(comparison),
+            charts=[] if comparison.lines else charts.charts(comparison),
+            curves=_curves(comparison),
             scatters=_scatters(comparison),
             geometry=charts,
             galleries=galleries,
@@ -95,6 +97,14 @@ def _tables(comparison: Comparison) -> dict[str, Any]:
             (indices[label], label, [(pair, difference_text(pair)) for pair in pairs]) for label, pairs in changes
         ],
     }
+
+
+def _curves(comparison: Comparison) -> Shot | None:
+    """Return the picture of the lines, where there are any."""
+    if not comparison.lines:
+        return None
+    uri = f"data:image/png;base64,{base64.b64encode(curves(comparison)).decode('ascii')}"
+    return Shot(uri, described(comparison.lines), "")
 
 
 def _yaml(config: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Keep a comparison in a run folder of its own: page.html, pictures.png, table.json, table.md, wandb/."""
+"""Keep a comparison in a run folder of its own: page.html, pictures.png, curves.png, table.json, table.md, wandb/."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from steerfm.provenance import plain
 from steerfm.report.compare import Comparison, Pair
+from steerfm.report.curves import curves
 from steerfm.report.page import page
 from steerfm.report.sheet import sheet
 from steerfm.report.terminal import markdown
@@ -44,6 +45,7 @@ def describe(comparison: Comparison, title: str = "", wandb_mode: str = "disable
         "runs": [source.info.name for source in comparison.sources],
         "subsets": plain(list(comparison.subsets)),
         "x": comparison.x,
+        "lines": [dataclasses.asdict(line) for line in comparison.lines],
         "title": title,
         "wandb_mode": wandb_mode,
     }
@@ -62,6 +64,8 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
     run.write_text("table.md", markdown(comparison))
     if all(source.has_pictures for source in comparison.sources):
         run.write_bytes("pictures.png", sheet(comparison))
+    if comparison.lines:
+        run.write_bytes("curves.png", curves(comparison))
     log_comparison(comparison, run.folder, mode=mode, name=run.info.name)
     run.write_text("page.html", page(comparison, title))
 
