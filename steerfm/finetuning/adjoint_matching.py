@@ -23,7 +23,7 @@ import torch
 
 from steerfm.divergence import memoryless
 from steerfm.errors import ConfigError
-from steerfm.finetuning.common import Batch, FineTuning, Tuned
+from steerfm.finetuning.common import Batch, FineTuning, Tuned, kept
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.objectives.weights import mean_square
 from steerfm.reward import Scores
@@ -38,13 +38,15 @@ class AdjointMatching(FineTuning):
     """Match the lean adjoint along `sde_steps` steps; needs a differentiable reward.
 
     matched: how many of the steps, drawn anew for every batch, are regressed on, which saves their backward passes; all
-    by default. Exact as the steps grow; the temperature is that of the tilt.
+    by default. checkpointing: work each of them out again in the backward pass, so that memory does not grow with
+    their number. Exact as the steps grow; the temperature is that of the tilt.
     """
 
     needs_gradient: ClassVar[bool] = True
 
     sde_steps: int = 16
     matched: int | None = None
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_counts(sde_steps=self.sde_steps, **({} if self.matched is None else {"matched": self.matched}))
@@ -56,6 +58,7 @@ class AdjointMatching(FineTuning):
         scores, adjoint = end_adjoint(batch, walk[-1].after)
         condition, reference = batch.condition, batch.reference
         loss, chosen = torch.zeros_like(scores.total), self._chosen(batch)
+        velocity = kept(batch.flow_map.velocity, self.checkpointing)
         for k in reversed(range(self.sde_steps)):
             each = walk[k]
             if k in chosen:
@@ -64,7 +67,7 @@ class AdjointMatching(FineTuning):
                     v_reference = reference.velocity(each.x, each.t, condition)
                 factor = unsqueeze_like(1 + g2 / (2 * eta), each.x)
                 g = unsqueeze_like(g2.sqrt(), each.x)
-                control = -factor * (batch.flow_map.velocity(each.x, each.t, condition) - v_reference) / g
+                control = -factor * (velocity(each.x, each.t, condition) - v_reference) / g
                 loss = loss + each.h * mean_square(control + g * adjoint) * self.sde_steps / len(chosen)
             if k:
                 adjoint = adjoint_before(reference, each, adjoint, condition)

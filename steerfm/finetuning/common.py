@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -124,6 +124,13 @@ def without_gradient() -> str:
     methods = [kind for kind in kinds if issubclass(kind, FineTuning) and kind is not FineTuning]
     names = [kind.__name__ for kind in methods if kind.needs_reward and not kind.needs_gradient]
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def kept(function: Callable, checkpointing: bool) -> Callable:
+    """Return the function; if checkpointing, one that keeps its arguments alone for the backward pass."""
+    if not checkpointing:
+        return function
+    return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
 
 
 def decoded(flow_map: FlowMap, x0: State) -> Tensor:

@@ -17,17 +17,15 @@ References: Clark et al. 2023, arXiv 2309.17400 (DRaFT-K, and DRaFT-LV: `renoise
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from steerfm.divergence import girsanov, memoryless, noise_shift, squared_norm
 from steerfm.errors import ConfigError
-from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned, by_row
+from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned, by_row, kept
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.sampling import few_jumps, reverse_drift, sde_step
 from steerfm.times import time_grid
@@ -153,13 +151,6 @@ def sde_with_divergence(
             x, share = step(x, s, t, batch.normal())
             divergence = divergence + share
     return x, divergence
-
-
-def kept(function: Callable, checkpointing: bool) -> Callable:
-    """Return the function; if checkpointing, one that keeps its arguments alone for the backward pass."""
-    if not checkpointing:
-        return function
-    return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
 
 
 def _with_more(x: Tensor, more: Tensor, count: int) -> Tensor:

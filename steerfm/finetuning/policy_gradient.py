@@ -23,7 +23,7 @@ from torch import Tensor
 
 from steerfm.distributed import group_statistics
 from steerfm.errors import ConfigError
-from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned
+from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned, kept
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.objectives.teachers import Rounds
 from steerfm.sampling import gaussian_log_prob, reverse_drift
@@ -43,7 +43,8 @@ class PolicyGradient(FineTuning):
     t))), of the SDE's steps; "jumps", of few jumps of the map. level: also the share of a jump that is noised back, in
     (0, 1]. clip: how far the ratio of likelihoods may leave 1. every: optimiser steps that sample from the same older
     map; 1 is on-policy. by_std: divide advantages by their group's standard deviation, which makes the temperature
-    nominal, T times it. Needs two samples a prompt or more.
+    nominal, T times it. checkpointing: work every step out again in the backward pass, so that memory does not grow
+    with their number. Needs two samples a prompt or more.
     """
 
     sde_steps: int = 8
@@ -52,6 +53,7 @@ class PolicyGradient(FineTuning):
     clip: float = 0.2
     every: int = 1
     by_std: bool = False
+    checkpointing: bool = False
     old: Rounds | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,8 @@ class PolicyGradient(FineTuning):
         walk, x0 = self._walk(batch, batch.flow_map if self.old is None else self.old.map)
         with torch.no_grad():
             scores = batch.scores(x0)
-        policies = [self._policy(batch.flow_map, each, batch.condition) for each in walk]
+        policy_of = kept(self._policy, self.checkpointing)
+        policies = [policy_of(batch.flow_map, each, batch.condition) for each in walk]
         divergences = []
         for policy, each in zip(policies, walk, strict=True):
             with torch.no_grad():

@@ -265,6 +265,15 @@ def test_wrong_options_are_said() -> None:
             make()
 
 
+@pytest.mark.parametrize("kind", [AdjointMatching, PolicyGradient])
+def test_checkpointing_changes_no_gradient(kind: type) -> None:
+    flow_map, reference = gaussian_map([0.2], 0.8), gaussian_map([0.0], 1.0).frozen_copy()
+    losses = [
+        kind(3, checkpointing=c)(batch(flow_map, REWARD, 8, reference=reference)).loss.mean() for c in (False, True)
+    ]
+    assert_same(flow_map, *losses)
+
+
 # --- look-aheads, leaps, distillation, preferences ---
 
 
