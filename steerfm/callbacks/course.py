@@ -28,14 +28,16 @@ class Measurement:
 class Course:
     """Take measurements in turn, and know the best and whether reward and held-out rewards part ways.
 
-    peak: the measurement of the highest held-out rewards. best: the same among those whose divergence is at most
-    `largest_divergence` (None: any). parted: how many times in a row the reward had risen since the peak, and the
-    held-out rewards had fallen by more than `tolerance` standard errors. over: at `patience` times; never for None.
+    start: the first measurement, of the base. peak: that of the highest held-out rewards. best: the same among those
+    whose divergence is at most `largest_divergence` (None: any). parted: at how many measurements in a row the
+    held-out rewards lay below the peak by more than `tolerance` standard errors, and the reward above the start; it
+    need not rise on, since many a reward has a ceiling. over: at `patience` of them; never for None.
     """
 
     tolerance: float = 2.0
     patience: int | None = 2
     largest_divergence: float | None = None
+    start: Measurement | None = None
     peak: Measurement | None = None
     best: Measurement | None = None
     parted: int = 0
@@ -44,12 +46,13 @@ class Course:
         """Take a measurement in, and say whether it is the best so far; without held-out rewards none is."""
         if len(now.held_out) == 0:
             return False
-        reward, held_out = changes(self.peak or now, now)
-        self.parted = self.parted + 1 if part_ways(reward, held_out, self.tolerance) else 0
-        if self.peak is None or held_out.mean > 0:
+        self.start, self.peak = self.start or now, self.peak or now
+        since_peak = held_out_change(self.peak, now)
+        self.parted = self.parted + 1 if part_ways(reward_change(self.start, now), since_peak, self.tolerance) else 0
+        if since_peak.mean > 0:
             self.peak = now
         bounded = self.largest_divergence is None or now.divergence <= self.largest_divergence
-        if bounded and (self.best is None or changes(self.best, now)[1].mean > 0):
+        if bounded and (self.best is None or held_out_change(self.best, now).mean > 0):
             self.best = now
         return self.best is now
 
@@ -60,17 +63,23 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """Return what has to be remembered, as plain data and tensors."""
-        peak, best = (None if each is None else dataclasses.asdict(each) for each in (self.peak, self.best))
-        return {"peak": peak, "best": best, "parted": self.parted}
+        kept = {"start": self.start, "peak": self.peak, "best": self.best}
+        plain = {name: None if each is None else dataclasses.asdict(each) for name, each in kept.items()}
+        return {**plain, "parted": self.parted}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.peak, self.best = (None if state[key] is None else Measurement(**state[key]) for key in ("peak", "best"))
+        self.start, self.peak, self.best = (
+            None if state[name] is None else Measurement(**state[name]) for name in ("start", "peak", "best")
+        )
         self.parted = state["parted"]
 
 
-def changes(then: Measurement, now: Measurement) -> tuple[Change | None, Change]:
-    """Return how far the reward and the held-out rewards have moved between two measurements."""
-    both = then.reward is not None and now.reward is not None
-    reward = paired_change(then.reward, now.reward) if both else None  # type: ignore[arg-type]
-    return reward, paired_change(then.held_out, now.held_out)
+def reward_change(then: Measurement, now: Measurement) -> Change | None:
+    """Return how far the reward has moved between two measurements; None where there is none."""
+    return None if then.reward is None or now.reward is None else paired_change(then.reward, now.reward)
+
+
+def held_out_change(then: Measurement, now: Measurement) -> Change:
+    """Return how far the held-out rewards have moved between two measurements."""
+    return paired_change(then.held_out, now.held_out)

@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from steerfm import images
-from steerfm.callbacks.course import Course, Measurement, changes
+from steerfm.callbacks.course import Course, Measurement, held_out_change, reward_change
 from steerfm.callbacks.ema import EMA, averaged
 from steerfm.callbacks.sample_grid import keep_picture
 from steerfm.errors import ConfigError
@@ -39,12 +39,12 @@ class GuardRails(Callback):
     prompts, samples: row i has prompt i, over again where there are fewer. data: real samples in model space (M, *dim),
     else the base's. features: of pictures, pixels by default. batch_size: samples at once.
 
-    Stop: once the reward has risen since the measurement of the highest held-out rewards, while these have fallen by
-    more than `tolerance` standard errors of their paired differences, at `patience` measurements in a row; None never
-    stops. Best: the highest held-out rewards where D is at most `largest_divergence` (None: anywhere), with EMA weights
-    where the trainer averages; checkpoints hold them. keep: which weights the module ends with, the "last", and then
-    the best are in map_best in default_root_dir, or the "best". Several held-out rewards are averaged in units of their
-    standard deviation among the base's samples.
+    Stop: where the reward stands above the base's, and the held-out rewards have fallen since their peak by more than
+    `tolerance` standard errors of the paired differences, at `patience` measurements in a row; None never stops. Best:
+    the highest held-out rewards where D is at most `largest_divergence` (None: anywhere), with EMA weights where the
+    trainer averages; checkpoints hold them. keep: which weights the module ends with, the "last", and then the best are
+    in map_best in default_root_dir, or the "best". Several held-out rewards are averaged in units of their standard
+    deviation among the base's samples.
 
     It belongs after EMA in the list of callbacks. The main process samples alone: figures do not depend on the number
     of processes.
@@ -189,14 +189,15 @@ class GuardRails(Callback):
 
     def _why(self, now: Measurement) -> str:
         """Return why training stops, in words."""
-        assert self.course.peak is not None
-        reward, held_out = changes(self.course.peak, now)
-        rose = "" if reward is None else f"the reward rose by {reward.mean:.3g} and "
+        start, peak = self.course.start, self.course.peak
+        assert start is not None and peak is not None
+        reward, held_out = reward_change(start, now), held_out_change(peak, now)
+        won = "" if reward is None else f"the reward stands {reward.mean:.3g} above the base's, and "
         return (
-            f"Stopped at step {now.step}: since step {self.course.peak.step} {rose}the held-out rewards fell by "
-            f"{-held_out.mean:.3g} ± {held_out.error:.2g} of their spread in the base, at {self.course.parted} "
-            "measurements in a row. The reward is being hacked: look at pictures/guard_*.png, then ask for less (a "
-            "higher temperature, fewer steps, a lower learning rate) or for another reward."
+            f"Stopped at step {now.step}: {won}the held-out rewards have fallen since step {peak.step} by "
+            f"{-held_out.mean:.2g} ± {held_out.error:.1g} of their spread in the base. The reward is being hacked: "
+            "look at pictures/guard_*.png, then ask for less (a higher temperature, a lower learning rate, fewer "
+            "steps) or for another reward."
         )
 
     def _write_best(self, trainer: Trainer, pl_module: LightningModule) -> Path:

@@ -38,8 +38,9 @@ def fallen(change: Change, tolerance: float) -> bool:
 
 
 def part_ways(reward: Change | None, held_out: Change, tolerance: float) -> bool:
-    """Say whether what is optimised rose while what is held out fell by more than `tolerance` standard errors.
+    """Say whether what is held out fell by more than `tolerance` standard errors, for a reward that was won.
 
-    reward: None where there is none, which rises by its nature: a loss on pairs falls on.
+    reward: its change since the start: where it has fallen too, nothing is won and nothing hacked. None where there is
+    no reward: a loss on pairs falls on by its nature. held_out: the change since its peak.
     """
     return (reward is None or reward.mean > 0) and fallen(held_out, tolerance)

@@ -95,7 +95,9 @@ def test_stops_where_the_reward_and_the_held_out_reward_part_and_keeps_the_best(
         run.fit(module, Prompts([""], 8))
     assert run.global_step == parted[1]
     assert guard.course.best is not None and guard.course.best.step == peak
-    assert f"Stopped at step {parted[1]}: since step {peak} the reward rose by " in caplog.text
+    won = parted[1] * RATE * sum(a * a for a in A)
+    said = f"Stopped at step {parted[1]}: the reward stands {won:.3g} above the base's, and the held-out rewards have "
+    assert f"{said}fallen since step {peak} by " in caplog.text
     assert f"The map has its last weights, of step {parted[1]}. Held-out rewards were highest at step 6" in caplog.text
     for flow_map, steps in ((module.flow_map, parted[1]), (FlowMap.load(tmp_path / "map_best", network=bare()), 6)):
         reached = torch.tensor(MEAN) + steps * RATE * torch.tensor(A)
@@ -234,6 +236,7 @@ def measured(step: int, reward: float | None, held_out: list[float], divergence:
 
 def test_parting_has_to_last() -> None:
     course = Course(tolerance=2.0, patience=2)
+    course.take(measured(0, 0.0, [0.0, 1.0]))
     rows = {1: [1.0, 2.0], 2: [0.4, 1.5], 3: [0.9, 2.05], 4: [0.4, 1.5], 5: [0.4, 1.4]}
     found = []
     for step, held_out in rows.items():
@@ -245,10 +248,11 @@ def test_parting_has_to_last() -> None:
 
 
 def test_a_fall_of_both_is_no_hacking_and_without_a_reward_a_fall_is_enough() -> None:
-    for reward, parted in ((1.0, 0), (3.0, 1)):
+    for reward, parted in ((1.0, 0), (3.0, 1)):  # below the start of 2, or above it though below the peak's 4
         course = Course()
-        course.take(measured(0, 2.0, [1.0, 2.0]))
-        course.take(measured(1, reward, [0.0, 1.0]))
+        course.take(measured(0, 2.0, [1.0, 1.0]))
+        course.take(measured(1, 4.0, [1.0, 2.0]))
+        course.take(measured(2, reward, [0.0, 1.0]))
         assert course.parted == parted
     course = Course()
     course.take(measured(0, None, [1.0, 2.0]))
@@ -259,7 +263,7 @@ def test_a_fall_of_both_is_no_hacking_and_without_a_reward_a_fall_is_enough() ->
 def test_without_held_out_rewards_nothing_is_best() -> None:
     course = Course()
     assert not course.take(Measurement(0, torch.ones(3), torch.empty(0, 3), 0.0))
-    assert course.best is None and course.peak is None and not course.over
+    assert course.best is None and course.peak is None and course.start is None and not course.over
 
 
 def test_abstentions_are_compared_on_what_both_saw() -> None:
