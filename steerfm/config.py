@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -301,6 +302,11 @@ def _compose(overrides: Sequence[str]) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise ConfigError(f"The recipe does not compose: {' '.join(str(cause).split())}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"A file of the recipe is no YAML ({' '.join(str(error).split())}): mend it there; a text that holds ': ' "
+            "needs quotes."
+        ) from error
 
 
 def _checked_line(override: Override, base: Any, trusted: Sequence[str]) -> str:

@@ -218,6 +218,13 @@ def test_a_recipe_that_ours_would_hide_is_refused(kitchen: Path):
         compose()
 
 
+def test_a_part_that_is_no_yaml_is_named_with_its_line(kitchen: Path):
+    (kitchen / "recipes" / "network").mkdir()
+    (kitchen / "recipes" / "network" / "odd.yaml").write_text("width: 8\nnote: this: that\n")
+    with pytest.raises(ConfigError, match=r"no YAML .*odd.yaml.*line 2.*needs quotes"):
+        compose("network=odd")
+
+
 def test_a_folder_of_recipes_that_is_missing_is_named(kitchen: Path):
     with pytest.raises(ConfigError, match="no such folder"):
         config.compose("train", ["recipe=tiny"], folders=["nowhere"])
