@@ -31,6 +31,7 @@ from steerfm import (
     SteeredSampling,
     Triangle,
 )
+from steerfm.callbacks import GuardRails
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
 from steerfm.networks.mlp import randomise
@@ -55,6 +56,10 @@ def training() -> FlowMapTraining:
 def tuning() -> RewardFineTuning:
     method = DirectBackprop(2, penalty="path")
     return RewardFineTuning(flow_map(), brightness, method, held_out=[brightness], optimizer=partial(SGD, lr=RATE))
+
+
+def rails() -> GuardRails:
+    return GuardRails(every=2, samples=4, prompts=CAPTIONS[:2], keep="best")
 
 
 class Doubled(Digits):
@@ -108,8 +113,10 @@ def main(folder: Path) -> None:
     found |= {f"training/{name}": tensor for name, tensor in module.state_dict().items()}
     found |= {f"ema/{name}": tensor for name, tensor in ema.average.items()}
     module = tuning()
-    trainer(folder, "tuning").fit(module, prompts())
+    guard = rails()
+    trainer(folder, "tuning", guard).fit(module, prompts())
     found |= {f"tuning/{name}": tensor for name, tensor in module.state_dict().items()}
+    found |= {f"guard/{name}": tensor for name, tensor in guard.weights.items()}
     sampler = SteeredSampling(flow_map(), BestOfN(2, 1, 0.1), brightness)
     batches: Any = trainer(folder, "sampling").predict(sampler, pairs())
     found["own/seeds"] = torch.tensor([seed for batch in batches for seed in batch.seeds])

@@ -62,12 +62,34 @@ def test_training_is_that_of_one_process_given_the_same_rows(
         assert not torch.equal(parameter, ranks[0][f"tuning/{name}"])
 
 
+def test_guard_rails_see_what_one_process_sees(folder: Path, ranks: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    """Brightness held out and optimised alike is best at the end: both processes keep those weights, and measure them.
+
+    keep="best" has put them into the map, where they are measured again here, on one process.
+    """
+    with (folder / "tuning" / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["guard/reward"]]
+    assert [int(row["step"]) for row in rows] == [0, 2, STEPS]
+    module, guard = lightning_pair.tuning(), lightning_pair.rails()
+    module.load_state_dict({name[7:]: tensor for name, tensor in ranks[1].items() if name.startswith("tuning/")})
+    assert all(torch.equal(p, ranks[1][f"guard/{name}"]) for name, p in module.named_parameters())
+    drawn = guard.fixed.draw(module.flow_map, module.reward, module.held_out)
+    assert drawn.reward is not None
+    assert float(rows[-1]["guard/reward"]) == pytest.approx(float(drawn.reward.total.mean()), rel=1e-12)
+    inner = guard.fixed.of_map(module.flow_map, module.reference, drawn, drawn)
+    assert float(rows[-1]["guard/semigroup_defect"]) == pytest.approx(inner["semigroup_defect"], rel=1e-9)
+    assert (folder / "pictures" / f"guard_{STEPS:07d}.png").exists()
+
+
 def test_losses_by_interval_and_pictures_come_from_rank_zero(folder: Path) -> None:
     with (folder / "training" / "metrics.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["loss"]]
     assert len(rows) == STEPS
     assert all(row["loss_by_interval/diagonal"] for row in rows)
-    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step_0000002.png", "step_0000003.png"]
+    assert sorted(path.name for path in (folder / "pictures").glob("step_*")) == [
+        "step_0000002.png",
+        "step_0000003.png",
+    ]
 
 
 def test_sampling_divides_the_pairs(ranks: list[dict[str, Tensor]]) -> None:
