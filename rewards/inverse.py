@@ -104,6 +104,13 @@ class Mask:
         return images * self.seen.to(images)
 
 
+def hole(height: int, width: int, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """Return a mask (height, width) that hides rows [first, end) by columns [first, end), and shows the rest."""
+    mask = torch.ones(height, width)
+    mask[slice(*rows), slice(*columns)] = 0
+    return mask
+
+
 @dataclass(frozen=True)
 class GaussianBlur:
     """Blur by a Gaussian of standard deviation `width`, in pixels; beyond the edge the last pixel goes on."""

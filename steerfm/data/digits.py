@@ -10,6 +10,7 @@ from torch import Tensor
 from steerfm import digits
 from steerfm.data.batches import StepDataModule, epoch_indices, own_rows
 from steerfm.errors import ConfigError
+from steerfm.images import to_unit
 
 
 class Digits(StepDataModule):
@@ -55,3 +56,8 @@ def digit_scans(digit: int | None = None, split: str = "all") -> Tensor:
     """Return real scans in model space, (N, 1, 8, 8): of one digit, or of all; what samples are compared with."""
     scans = digits.load(split)
     return scans.x0 if digit is None else scans.x0[scans.labels == digit]
+
+
+def digit_picture(index: int = 0, split: str = "all") -> Tensor:
+    """Return one scan as a picture (1, 8, 8) in [0, 1]: the truth of an inverse problem."""
+    return to_unit(digit_scans(split=split)[index])

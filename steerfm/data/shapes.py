@@ -77,3 +77,8 @@ def shape_pictures(n: int = 2000, count: int | None = None, size: int = 32, spli
     """Return pictures of n scenes in model space, (n, 3, size, size): what samples are compared with."""
     rng = generator(REFERENCE_SEED, "data")
     return to_model(render([sample_scene(rng, count, split) for _ in range(n)], size))
+
+
+def shape_picture(index: int = 0, count: int | None = None, size: int = 32) -> Tensor:
+    """Return one held-out scene as a picture (3, size, size) in [0, 1]: the truth of an inverse problem."""
+    return render([sample_scene(generator(REFERENCE_SEED, "validation", index), count, "held_out")], size)[0]

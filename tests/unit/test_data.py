@@ -13,7 +13,7 @@ from trainers import trainer
 from steerfm import Digits, Points, Prompts, PromptSeeds, digits
 from steerfm.data import batches
 from steerfm.data.batches import StepDataModule, epoch_indices, own_rows
-from steerfm.data.digits import digit_scans
+from steerfm.data.digits import digit_picture, digit_scans
 from steerfm.data.points import KINDS, point_cloud
 from steerfm.data.prompts import read_prompts
 from steerfm.errors import ConfigError, DataError
@@ -155,6 +155,7 @@ def test_digits_are_real_scans_with_captions() -> None:
     )
     assert set(Digits(4, captions=False).batch(0)["prompt"]) == {""}
     assert len(digit_scans()) == 1797
+    assert torch.equal(2 * digit_picture(5, "judge") - 1, digit_scans(split="judge")[5])
     assert len(digit_scans(7, "reward")) + len(digit_scans(7, "judge")) == len(digit_scans(7)) == 179
     for kind in (Digits, lambda size: Points("ring", size)):
         with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from steerfm.data import batches
-from steerfm.data.shapes import Shapes, shape_pictures, shape_prompts
+from steerfm.data.shapes import Shapes, shape_picture, shape_pictures, shape_prompts
 from steerfm.errors import ConfigError
 from steerfm.metrics.prompt_following import prompt_following
 from steerfm.shape_captions import read
-from steerfm.shapes import UNSEEN, parse
+from steerfm.shapes import UNSEEN, is_held_out, parse
 
 
 def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +82,15 @@ def test_validation_prompts_and_pictures_are_fixed_and_held_out() -> None:
 def test_wrong_arguments_are_told_before_training(given: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Shapes(**given)
+
+
+def test_a_scene_to_be_measured_is_held_out_and_its_own():
+    pictures = [shape_picture(i, count=2) for i in (0, 1, 0)]
+    assert torch.equal(pictures[0], pictures[2])
+    assert not torch.equal(pictures[0], pictures[1])
+    for picture in pictures:
+        assert picture.shape == (3, 32, 32)
+        assert 0 <= picture.min() < picture.max() <= 1
+        (scene,) = parse(picture[None])
+        assert len(scene) == 2
+        assert is_held_out([(item.color, item.shape) for item in scene])

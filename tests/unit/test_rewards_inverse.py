@@ -12,7 +12,7 @@ from steerfm import config
 from steerfm.analytic import GaussianMixture, QuadraticReward
 from steerfm.errors import RewardError
 from steerfm.reward import check
-from steerfm.rewards.inverse import CompressedSensing, Downsampling, GaussianBlur, Mask, Measurement
+from steerfm.rewards.inverse import CompressedSensing, Downsampling, GaussianBlur, Mask, Measurement, hole
 
 SIDE = 4
 HALF = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]])
@@ -141,6 +141,12 @@ def test_what_stands_in_the_hole_is_not_read():
 
 
 # Operators
+
+
+def test_a_hole_hides_a_rectangle():
+    shown = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1]])
+    assert torch.equal(hole(4, 3, [1, 3], [2, 3]), shown)
+    assert torch.equal(Mask(hole(4, 3, [1, 3], [2, 3]))(torch.ones(1, 2, 4, 3)), shown.expand(1, 2, 4, 3))
 
 
 def test_the_mask_keeps_every_channel():
