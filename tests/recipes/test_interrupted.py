@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 def test_if_every_checkpoint_is_damaged_one_sentence_says_what_to_do(there: Path, capsys: pytest.CaptureFixture[str]):
     assert main(tuning("ruined")) == 130
-    for path in (there / "runs" / "ruined" / "checkpoints").glob("step*.ckpt"):
+    for path in sorted((there / "runs" / "ruined" / "checkpoints").glob("step*.ckpt")):
         path.write_bytes(b"no checkpoint")
     capsys.readouterr()
     assert main(tuning("ruined")) == 2
