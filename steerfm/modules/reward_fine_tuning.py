@@ -73,7 +73,7 @@ class RewardFineTuning(lightning.LightningModule):
         self._reward = None if reward is None else Guest(as_reward(reward))
         self._check_reward()
         self._held_out = [Guest(as_reward(r)) for r in held_out]
-        given = copy_around(flow_map)
+        given, self._made_in = copy_around(flow_map), flow_map.dtype
         self.flow_map = flow_map.train().requires_grad_(True) if adapter is None else adapter(flow_map.train())
         self._reference = Guest(copy_around(given, [p for p in given.parameters() if not p.requires_grad]))
         self.temperature = temperature
@@ -110,7 +110,8 @@ class RewardFineTuning(lightning.LightningModule):
     @property
     def reference(self) -> FlowMap:
         """The map as it was given, frozen, on the module's device and in the tuned map's type."""
-        return self._reference.on(self.device, self.flow_map.dtype)
+        as_made = self.flow_map.dtype == self._made_in  # shared weights of several types stay as they are
+        return self._reference.on(self.device, None if as_made else self.flow_map.dtype)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         work = self._batch(batch)
@@ -177,7 +178,9 @@ class RewardFineTuning(lightning.LightningModule):
         if torch.isfinite(loss):
             return
         figures = {"reward": tuned.rewards} | tuned.figures
-        known = [f"mean {name} {float(values.detach().mean()):.4g}" for name, values in figures.items() if values is not None]
+        known = [
+            f"mean {name} {float(values.detach().mean()):.4g}" for name, values in figures.items() if values is not None
+        ]
         raise TrainingError(
             f"The fine-tuning loss is {float(loss)} at step {self.global_step} ({', '.join(known)}): lower the "
             "learning rate, or raise the temperature."

@@ -126,9 +126,12 @@ def test_the_first_values_are_those_of_the_seed_alone() -> None:
 
 
 def test_targets_are_exact_names_and_patterns() -> None:
-    names = lora_of(LoRA(2, targets=["*attention*", "leave"])(made("unet"))).adapted
-    assert names == ("attention.attention.query", "attention.attention.key_value", "attention.attention.leave", "leave")
-    assert lora_of(LoRA(2, targets="leave")(made("unet"))).adapted == ("leave",)  # not attention.attention.leave
+    names = [f"attention.attention.{name}" for name in ("query", "key_value", "leave")]
+    for targets, expected in (("leave", ["leave"]), (["*attention*", "leave"], [*names, "leave"])):
+        network = lora_of(LoRA(2, targets=targets)(made("unet")))
+        assert network.adapted == tuple(expected)
+        found = [name for name, _ in network.network.named_modules() if name.endswith(".lora_A")]
+        assert found == [f"{name}.lora_A" for name in expected]  # "leave" is not attention.attention.leave
     with pytest.raises(ConfigError, match=r"No linear or convolution layer is called 'leaves'; did you mean 'leave'\?"):
         LoRA(2, targets=["enter", "leaves"])(made())
     with pytest.raises(ConfigError, match="No linear or convolution layer was chosen"):
@@ -358,6 +361,33 @@ def test_chosen_layers_train_and_the_rest_is_held_once(tmp_path: Path) -> None:
     assert {name for name, tensor in flow_map.state_dict().items() if not torch.equal(tensor, start[name])} == chosen
     with pytest.raises(ConfigError, match=r"No parameter is called 'block.*.up'; did you mean|No parameter is called"):
         ChosenLayers("block.*.up")(flow_map)
+
+
+class OfTwoTypes(PlainMLP):
+    """A network whose last weight is of a larger type."""
+
+    def __init__(self) -> None:
+        super().__init__((2,), width=8, depth=1)
+        self.large = nn.ParameterList([torch.ones(2, dtype=torch.float64)])
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        return (super().forward(x, s, t) * self.large[0]).to(x)
+
+
+def test_sharing_leaves_the_types_of_the_map_alone(tmp_path: Path) -> None:
+    def square(points: Tensor, prompts: Any) -> Tensor:
+        return points.square().sum(1)
+
+    module = RewardFineTuning(FlowMap(OfTwoTypes()), square, adapter=LoRA(2))
+    trainer(tmp_path, 2).fit(module, Prompts([""], 4))
+    assert lora_of(module.flow_map).network.large[0].dtype == torch.float64  # type: ignore[index,union-attr]
+
+
+def test_the_reference_follows_the_trainers_precision(tmp_path: Path) -> None:
+    for adapter in (None, LoRA(2), ChosenLayers("blocks.*")):
+        module = tuning(made(), adapter)
+        trainer(tmp_path, 2, precision="64-true").fit(module, DATA)
+        assert {p.dtype for p in module._reference.module.parameters()} == {torch.float64}
 
 
 def test_shared_parameters_move_with_their_module() -> None:
