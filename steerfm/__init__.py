@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from steerfm.conditions import CaptionWords, FrozenText, Labels, Pictures
     from steerfm.data import Digits, HuggingFaceData, ImageFolder, Latents, Points, Prompts, PromptSeeds, Shapes
     from steerfm.finetuning import (
+        AdaptedNoise,
         AdjointMatching,
         DirectBackprop,
         DirectPreference,
         LeapAlign,
         NegativeAware,
+        NoiseAdapter,
         PolicyGradient,
         RewardAdaptive,
         RewardDistillation,
@@ -75,11 +77,13 @@ _HOMES = {
         "Shapes",
     ),
     "steerfm.finetuning": (
+        "AdaptedNoise",
         "AdjointMatching",
         "DirectBackprop",
         "DirectPreference",
         "LeapAlign",
         "NegativeAware",
+        "NoiseAdapter",
         "PolicyGradient",
         "RewardAdaptive",
         "RewardDistillation",
@@ -120,6 +124,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "EMA",
     "MLP",
+    "AdaptedNoise",
     "Adaptive",
     "AdjointMatching",
     "Anchored",
@@ -156,6 +161,7 @@ __all__ = [
     "LookAheadGuidance",
     "LossByInterval",
     "NegativeAware",
+    "NoiseAdapter",
     "NoiseOptimisation",
     "NoiseSampling",
     "PathSearch",

@@ -41,20 +41,31 @@ class NoiseAdapter:
     """Return the same map behind an adapter of its noise, the only part that trains: NoiseAdapter(network)(flow_map).
 
     An `adapter` of RewardFineTuning, for the method `AdaptedNoise`. network: any of ours, which begin at zero, called
-    as network(z, 1, 0, condition); stochastic: it is called with zeros in place of z and has twice the map's first
-    dimension, mean and log variance. The map that is given stays as it is, except that its weights, which both hold, no
-    longer take gradients. Jumps from t = 1 are adapted; velocities, and so ODE and SDE samplers, are the base's. Raises
-    ConfigError for a map that is adapted already, has output "denoised" or is guided by two calls, and for a network of
-    another shape.
+    as network(z, 1, 0, condition); None goes on with the adapter that a map has. stochastic: it is called with zeros in
+    place of z and has twice the map's first dimension, mean and log variance. The map that is given stays as it is,
+    except that its weights, which both hold, no longer take gradients. Jumps from t = 1 are adapted; velocities, and so
+    ODE and SDE samplers, are the base's. Raises ConfigError for a map that is adapted already, has output "denoised" or
+    is guided by two calls, and for a network of another shape.
     """
 
-    network: nn.Module
+    network: nn.Module | None = None
     stochastic: bool = False
 
     def __call__(self, flow_map: FlowMap) -> FlowMap:
-        base = getattr(flow_map.network, "_orig_mod", flow_map.network)
+        tuned = copy_around(flow_map).requires_grad_(False)
+        base = getattr(tuned.network, "_orig_mod", tuned.network)
+        if self.network is not None:
+            self._check(flow_map, base)
+            base = AdaptedNetwork(base, self.network.to(flow_map.device, flow_map.dtype), stochastic=self.stochastic)
+        if not isinstance(base, AdaptedNetwork):
+            raise ConfigError("The map has no noise adapter to go on with: write NoiseAdapter(network).")
+        base.adapter.requires_grad_(True)
+        tuned.network = base
+        return tuned
+
+    def _check(self, flow_map: FlowMap, base: nn.Module) -> None:
         if isinstance(base, AdaptedNetwork):
-            raise ConfigError("The map has a noise adapter already: fine-tune it whole, or adapt the map before it.")
+            raise ConfigError("The map has a noise adapter already: write NoiseAdapter() to go on with it.")
         if flow_map.output == "denoised":
             raise ConfigError("A noise adapter shifts average velocities, and this map's output is 'denoised'.")
         if flow_map.guidance_scale != 1 and not getattr(base, "guidance_input", False):
@@ -62,11 +73,6 @@ class NoiseAdapter:
                 f"A noise adapter cannot stand before guidance by two calls (scale {flow_map.guidance_scale:g}), which "
                 "start from different noise: adapt flow_map.with_guidance(1.0), or a map with guidance_input."
             )
-        tuned = copy_around(flow_map).requires_grad_(False)
-        adapter = self.network.to(flow_map.device, flow_map.dtype).requires_grad_(True)
-        inner = getattr(tuned.network, "_orig_mod", tuned.network)
-        tuned.network = AdaptedNetwork(inner, adapter, stochastic=self.stochastic)
-        return tuned
 
 
 class Adapted(NamedTuple):
@@ -168,7 +174,7 @@ class AdaptedNoise(FineTuning):
             raise ConfigError("AdaptedNoise trains a noise adapter: set adapter=NoiseAdapter(network).")
         x1 = batch.normal()
         z, divergence = network.adapt(x1, batch.condition)
-        x0 = few_jumps_truncated(batch.reference, z, self.jumps, 0, batch.condition, self.checkpointing)
+        x0 = few_jumps_truncated(batch.flow_map, x1, self.jumps, 0, batch.condition, self.checkpointing)
         scores = batch.scores(x0)
         shift = squared_norm(z - x1).sqrt() / math.sqrt(x1[0].numel())
         figures = {"penalty": divergence, "shift": shift}

@@ -304,6 +304,8 @@ def test_fine_tuning_moves_the_additions_alone(method: str, tmp_path: Path) -> N
     places = {p.data_ptr() for p in reference.parameters()}
     assert places <= {p.data_ptr() for p in module.flow_map.parameters()}  # nothing is held twice
     assert len(trainer_parameters(module)) == len(lora_of(module.flow_map).additions())
+    trainer(tmp_path, 2, precision="bf16-mixed").fit(module, DATA)
+    assert all(torch.isfinite(p).all() for p in module.flow_map.parameters())
 
 
 def trainer_parameters(module: RewardFineTuning) -> list[nn.Parameter]:

@@ -57,6 +57,10 @@ def network_of(flow_map: FlowMap) -> AdaptedNetwork:
     return flow_map.network
 
 
+def trained(flow_map: FlowMap) -> set[int]:
+    return {id(p) for p in flow_map.parameters() if p.requires_grad}
+
+
 def filled(flow_map: FlowMap, seed: int = 3) -> FlowMap:
     """Return the map with an adapter that no longer begins at zero."""
     randomise(network_of(flow_map).adapter, seed=seed)
@@ -99,13 +103,16 @@ def test_an_adapted_map_is_a_flow_map(stochastic: bool, tmp_path: Path) -> None:
     assert equal(base.state_dict(), start)
     adapted = network_of(tuned)
     assert {id(p) for p in adapted.network.parameters()} == {id(p) for p in base.network.parameters()}  # held once
-    assert {id(p) for p in tuned.parameters() if p.requires_grad} == {id(p) for p in adapted.adapter.parameters()}
+    assert trained(tuned) == {id(p) for p in adapted.adapter.parameters()}
     back = FlowMap.load(tuned.save(tmp_path))
 
     def best(flow_map: FlowMap) -> Tensor:
         return BestOfN(2, 2)(flow_map, brightness, prompts=["a handwritten two"], seeds=[0]).x0
 
     assert torch.equal(best(back), best(tuned))
+    again = NoiseAdapter()(back)
+    assert torch.equal(best(again), best(tuned))
+    assert trained(again) == {id(p) for p in network_of(again).adapter.parameters()}
     assert not torch.equal(best(back), best(base))
 
 
@@ -113,6 +120,8 @@ def test_what_cannot_be_adapted_is_said() -> None:
     base, adapter = digit_map(), MLP((1, 8, 8), width=8, depth=1)
     with pytest.raises(ConfigError, match="has a noise adapter already"):
         NoiseAdapter(adapter)(NoiseAdapter(adapter)(base))
+    with pytest.raises(ConfigError, match="no noise adapter to go on with"):
+        NoiseAdapter()(base)
     with pytest.raises(ConfigError, match=r"needs data_shape \(2, 8, 8\), got \(1, 8, 8\)"):
         NoiseAdapter(adapter, stochastic=True)(base)
     with pytest.raises(ConfigError, match=r"guidance by two calls \(scale 2\)"):
@@ -281,6 +290,24 @@ def test_the_adapter_alone_is_trained_and_resumes(tmp_path: Path) -> None:
     assert equal(found.state_dict(), straight.flow_map.state_dict())
     start = digit_map().state_dict()
     assert equal({name: network_of(found).network.state_dict()[name.removeprefix("network.")] for name in start}, start)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_it_runs_in_bfloat16_and_goes_on(stochastic: bool, tmp_path: Path) -> None:
+    flow_map, adapter = (
+        digit_map(),
+        NoiseAdapter(MLP((1 + stochastic, 8, 8), width=8, depth=1, num_classes=10), stochastic),
+    )
+    for each in (adapter, NoiseAdapter()):
+        module = RewardFineTuning(flow_map, brightness, AdaptedNoise(), optimizer=partial(AdamW, lr=1e-2), adapter=each)
+        start = copied(module.flow_map.state_dict())
+        trainer(tmp_path, 2, precision="bf16-mixed").fit(module, Prompts(["a handwritten two"], 4))
+        flow_map = module.flow_map
+        moved = {name for name, tensor in flow_map.state_dict().items() if not torch.equal(tensor, start[name])}
+        assert moved and all(name.startswith("network.adapter.") for name in moved)
+        assert all(torch.isfinite(p).all() for p in flow_map.parameters())
+    reference: Any = module._reference.module
+    assert equal(reference.state_dict(), start)  # what it was when it went on, adapter included
 
 
 def test_an_adapter_reads_a_picture_that_the_map_does_not(tmp_path: Path) -> None:
