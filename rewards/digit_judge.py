@@ -29,19 +29,32 @@ INVERSE_PENALTY = 300.0
 
 
 class DigitJudge(Reward):
-    """Score the probability that a picture shows `digit`; a black box."""
+    """Score the probability that a picture shows `digit`, or, where that is None, the digit its prompt ends with.
+
+    A black box.
+    """
 
     differentiable = False
 
-    def __init__(self, digit: int = 7, name: str | None = None) -> None:
+    def __init__(self, digit: int | None = 7, name: str | None = None) -> None:
         super().__init__(name)
-        if digit not in range(10):
+        if digit is not None and digit not in range(10):
             raise RewardError(f"A digit is one of 0 to 9, got {digit!r}.")
         self.digit = digit
+        self.needs_prompt = digit is None
 
     def score(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Tensor:
-        """Return p(digit | picture); (B,)."""
-        return self.probabilities(images)[:, self.digit]
+        """Return p(digit | picture); (B,). Raises RewardError for a prompt that has to name a digit and does not."""
+        wanted = [self._named(prompt) if self.digit is None else self.digit for prompt in prompts]
+        return self.probabilities(images)[torch.arange(len(wanted)), wanted]
+
+    def _named(self, prompt: str) -> int:
+        word = prompt.lower().split()[-1]
+        if word not in digits.NAMES:
+            raise RewardError(
+                f"'{self.name}' judges the digit that a prompt ends with, got '{prompt}': set digit=7, say."
+            )
+        return digits.NAMES.index(word)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return p(digit | picture) for all ten digits; (B, 10). Raises RewardError for pictures that are not 8x8."""

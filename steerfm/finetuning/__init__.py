@@ -5,6 +5,7 @@ from steerfm.finetuning.common import Batch, FineTuning, Tuned
 from steerfm.finetuning.direct import DirectBackprop
 from steerfm.finetuning.leap_align import LeapAlign
 from steerfm.finetuning.negative_aware import NegativeAware
+from steerfm.finetuning.new_classes import NewClasses
 from steerfm.finetuning.noise_adapter import AdaptedNoise, NoiseAdapter
 from steerfm.finetuning.policy_gradient import PolicyGradient
 from steerfm.finetuning.preferences import DirectPreference
@@ -24,6 +25,7 @@ __all__ = [
     "FineTuning",
     "LeapAlign",
     "NegativeAware",
+    "NewClasses",
     "NoiseAdapter",
     "PolicyGradient",
     "RewardAdaptive",

@@ -17,6 +17,7 @@ from steerfm.divergence import monitor
 from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
+from steerfm.finetuning.noise_adapter import with_conditioner
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest, batches_so_far, configure, save_averaged, step_generator
 from steerfm.networks.sharing import copy_around
@@ -75,6 +76,8 @@ class RewardFineTuning(lightning.LightningModule):
         self._held_out = [Guest(as_reward(r)) for r in held_out]
         given, self._made_in = copy_around(flow_map), flow_map.dtype
         self.flow_map = flow_map.train().requires_grad_(True) if adapter is None else adapter(flow_map.train())
+        if given.conditioner is None and self.flow_map.conditioner is not None:
+            given = with_conditioner(given, self.flow_map.conditioner)  # which it does not read
         self._reference = Guest(copy_around(given, [p for p in given.parameters() if not p.requires_grad]))
         self.temperature = temperature
         auto = Compositional() if self.method.moves == "velocity" else None
