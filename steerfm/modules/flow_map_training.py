@@ -69,7 +69,7 @@ class FlowMapTraining(lightning.LightningModule):
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
         scales = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
-        told, guided = getattr(flow_map.network, "guidance_input", False), max(scales) > 1
+        told, guided = getattr(flow_map.network, "guidance_input", False), max(scales, default=1) > 1
         free = prompt_dropout > 0 and flow_map.conditioner is not None
         if len(scales) != 2 or not 1 <= scales[0] <= scales[1] or (guided and not free):
             raise ConfigError(

@@ -327,6 +327,8 @@ def test_guidance_is_learnt_once_flow_matching_alone_is_over(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="guidance is 1 or more"):
         FlowMapTraining(digit_map(), guidance=0.5)
     with pytest.raises(ConfigError, match="guidance is 1 or more"):
+        FlowMapTraining(digit_map(), guidance=())
+    with pytest.raises(ConfigError, match="guidance is 1 or more"):
         FlowMapTraining(digit_map(), guidance=2.0, prompt_dropout=0.0)
     with pytest.raises(ConfigError, match="takes is not guided"):
         FlowMapTraining(digit_map(), Eulerian(), guidance=2.0)
