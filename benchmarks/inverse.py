@@ -62,15 +62,16 @@ console = Console(width=None if os.isatty(1) else 150)
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set: how many truths and particles, jumps of a draw, steps of a trajectory; truth: a picture of the data.
+    """A data set: how many truths and particles, jumps of a draw, steps of a trajectory, moves of a chain's warm-up.
 
-    A truth of the map, and a draw where a method jumps from noise, takes `jumps`.
+    A truth of the map, and a draw where a method jumps from noise, takes `jumps`. truth: a picture of the data.
     """
 
     truths: int
     particles: int
     jumps: int
     steps: int
+    warm_up: int
     truth: Callable[[int], Tensor]
 
     @property
@@ -82,7 +83,7 @@ class Setting:
             f"softmax of {16 * n}": BestOfN(16 * n, jumps, 1.0),
             "tilting": FlowMapTilting(n, steps, 1.0),
             "Monte Carlo": SequentialMonteCarlo(n, steps, 1.0, strength="adaptive", keep=0.9, gamma=0.3),
-            "noise sampling": NoiseSampling(n, jumps, warm_up=64, temperature=1.0),
+            "noise sampling": NoiseSampling(n, jumps, self.warm_up, temperature=1.0),
             "posterior mean (DPS)": LookAheadGuidance(steps, 1.0, "posterior_mean"),
             "posterior draws": PosteriorDrawGuidance(steps, 1.0, count=8, draws=Renoised(weighted=False)),
         }
@@ -90,8 +91,8 @@ class Setting:
 
 ALONE = ("the map alone", "posterior mean (DPS)", "posterior draws")  # they return one sample a seed, no population
 SETTINGS = {
-    "digits": Setting(16, 64, 1, 32, digit_picture),
-    "shapes": Setting(4, 16, 4, 16, partial(shape_picture, count=2)),
+    "digits": Setting(16, 64, 1, 32, 64, digit_picture),
+    "shapes": Setting(4, 16, 2, 16, 32, partial(shape_picture, count=2)),
 }
 
 
