@@ -160,7 +160,7 @@ class GuardRails(Callback):
         """Return the measurement and all figures by name, and keep the picture."""
         assert self.base is not None
         held_out: list[Reward] = module.held_out
-        with _evaluating(module.flow_map):
+        with evaluating(module.flow_map):
             now = self.fixed.draw(module.flow_map, module.reward, held_out)
             figures = self.fixed.of_map(module.flow_map, module.reference, now, self.base)
         figures |= self.fixed.of_samples(now, self.base, self.real)
@@ -247,7 +247,7 @@ def _put(pl_module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 @contextmanager
-def _evaluating(flow_map: nn.Module) -> Iterator[None]:
+def evaluating(flow_map: nn.Module) -> Iterator[None]:
     """Put the map into evaluation mode inside the block, and every part back into its own after it."""
     modes = {module: module.training for module in flow_map.modules()}
     flow_map.eval()

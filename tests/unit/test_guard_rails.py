@@ -20,7 +20,7 @@ from steerfm import EMA, DirectBackprop, FlowMap, FlowMapTraining, Points, Promp
 from steerfm.analytic import QuadraticReward
 from steerfm.callbacks import GuardRails
 from steerfm.callbacks.course import Course, Measurement
-from steerfm.callbacks.guard_rails import FIRST_SEED, spread
+from steerfm.callbacks.guard_rails import FIRST_SEED, evaluating, spread
 from steerfm.digits import CAPTIONS
 from steerfm.divergence import EARLIEST
 from steerfm.errors import ConfigError
@@ -226,6 +226,15 @@ def test_the_best_lies_within_the_largest_divergence(tmp_path: Path) -> None:
     assert bounded.course.peak is not None and bounded.course.peak.step == 6
 
 
+def test_held_out_rewards_weigh_alike_whatever_their_scale(tmp_path: Path) -> None:
+    guard = rails(patience=None)
+    aims = [QuadraticReward.distance(AIM, 2.0), QuadraticReward.distance(AIM, 200.0)]
+    trainer(tmp_path, 1, guard).fit(tuning(aims), Prompts([""], 8))
+    assert guard.course.start is not None
+    rows = torch.tensor(judged(0), dtype=torch.float64)
+    assert torch.allclose(guard.course.start.held_out, (rows / rows.std()).expand(2, SAMPLES), rtol=1e-9)
+
+
 # --- the course ---
 
 
@@ -310,6 +319,15 @@ def test_training_goes_as_without_guard_rails(tmp_path: Path) -> None:
     trainer(tmp_path, 3).fit(plain, data)
     trainer(tmp_path, 3, GuardRails(1, 8, CAPTIONS[:2])).fit(guarded, data)
     assert equal(copied(plain.state_dict()), copied(guarded.state_dict()))
+
+
+def test_a_map_is_measured_in_evaluation_mode_and_every_part_goes_back_to_its_own() -> None:
+    flow_map = digit_map().train()
+    flow_map.network.time.eval()  # type: ignore[union-attr,operator]
+    with evaluating(flow_map):
+        assert not any(module.training for module in flow_map.modules())
+    modes = {name: module.training for name, module in flow_map.named_modules()}
+    assert modes["network"] and modes[""] and not modes["network.time"]
 
 
 def test_pictures_show_the_base_above_the_present(tmp_path: Path) -> None:
