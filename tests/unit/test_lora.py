@@ -20,6 +20,7 @@ from steerfm.backbones import ChosenLayers, LoRA, load_adapter, merged, save_ada
 from steerfm.backbones.lora import LoRANetwork, lora_of
 from steerfm.conditions import Labels
 from steerfm.config import Library
+from steerfm.derivatives import directional_derivative
 from steerfm.digits import CAPTIONS
 from steerfm.errors import CheckpointError, ConfigError
 from steerfm.finetuning import FineTuning
@@ -99,6 +100,21 @@ def test_scale_zero_is_the_base_bitwise_and_merging_is_adding(kind: str) -> None
         assert set(whole.state_dict()) == set(flow_map.state_dict())
         assert trainable(whole) == trainable(made(kind))
     assert torch.equal(output(without_lora(tuned)), output(flow_map))  # merging has left the map alone
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_forward_mode_passes_the_additions(kind: str) -> None:
+    """The derivative in t of the tuned map is that of the merged one."""
+    tuned = moved(made(kind, torch.float64))
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s, t = (torch.full((2,), time, dtype=torch.float64) for time in (0.9, 0.2))
+    condition = tuned.encode_prompts([SEVEN, ""])
+
+    def rate(flow_map: FlowMap) -> Tensor:
+        jump = partial(flow_map.average_velocity, x, s, condition=condition)
+        return directional_derivative(jump, [t], [torch.ones_like(t)])[1]
+
+    torch.testing.assert_close(rate(tuned), rate(merged(tuned)), rtol=0, atol=1e-11)
 
 
 def test_the_scale_is_alpha_over_rank() -> None:
