@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         const="trace=true",
         help="draw the look-aheads of the first samples along time, RUN/trace.png (the same as trace=true)",
     )
+    _add_recipe_command(
+        commands, "write", "tune a writer of prompts", "steerfm write recipe=prompt_writer model=models/Qwen3-0.6B"
+    )
     _add_recipe_command(commands, "compare", "compare runs", "steerfm compare 'runs=[base,steered]' x=network_calls")
     _add_reward(commands)
     _add_recipes(commands)

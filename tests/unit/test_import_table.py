@@ -18,7 +18,7 @@ flow_map
 analytic solvers sampling divergence reward preferences features
 objectives backbones zoo metrics
 finetuning steering
-data modules callbacks reward_server
+data modules callbacks reward_server prompt_writer
 runs
 report
 config

@@ -1,0 +1,101 @@
+"""`steerfm write`: tune a language model that writes prompts for a frozen flow map."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from steerfm.commands import common
+from steerfm.config import Composed
+from steerfm.data.prompts import read_prompts
+from steerfm.metrics.paired import paired_change
+from steerfm.prompt_writer import judged, prompt_writer
+from steerfm.records import finite
+from steerfm.report.wandb import resolve_mode
+from steerfm.runs import Run
+from steerfm.types import Samples, Values
+
+TOLD = {"reward": "reward", "reward_std": "spread within a group", "kl": "KL", "completions/mean_length": "tokens"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tune the writer that the recipe describes (each point of a sweep, in turn); return the exit code."""
+    for recipe in common.each(arguments, "write"):
+        common.say(f"Saved {tune(recipe)}")
+    return 0
+
+
+def tune(recipe: Composed) -> Path:
+    """Tune a composed recipe's writer in its run folder and return the folder of what was saved.
+
+    An unfinished run continues from its last checkpoint. samples.jsonl holds the pictures of what is written after,
+    under the wishes; written.jsonl each wish with what was written and its mean reward, before and after.
+    """
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # within TRL
+    with common.running(recipe) as run:
+        writer, painter, reward, options = (recipe.build(key) for key in ("writer", "painter", "reward", "options"))
+        held_out = {key: judge for key, judge in (recipe.build("held_out") or {}).items() if judge is not None}
+        prompts, wishes = (read_prompts(recipe.build(key)) for key in ("prompts", "wishes"))
+        checkpoints = run.folder / "checkpoints"
+        if options.report_to == "wandb":
+            os.environ.update(WANDB_MODE=resolve_mode(), WANDB_DIR=str(run.folder))
+        trainer = prompt_writer(writer, painter, reward, prompts, options, checkpoints)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(News())
+        before = writer.write(wishes, options.max_completion_length)
+        with common.interruptible(run):
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+        saved = run.folder / recipe.values["save_as"]
+        if trainer.is_world_process_zero():
+            writer.save(saved)
+            after = writer.write(wishes, options.max_completion_length)
+            first, last = (judged(painter, reward, wishes, texts, held_out) for texts in (before, after))
+            run.finish(_keep(run, wishes, before, after, first, last))
+    return saved
+
+
+class News(TrainerCallback):
+    """Print a line on the steps since the last one."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **other: Any) -> None:
+        """Print what concerns the reward; the rest is in the checkpoints' trainer_state.json and in W&B."""
+        said = [f"{name} {float(logs[key]):.4g}" for key, name in TOLD.items() if logs and key in logs]
+        if said:
+            common.say(f"step {state.global_step} of {state.max_steps}: {', '.join(said)}")
+
+
+def _keep(
+    run: Run, wishes: Sequence[str], before: Sequence[str], after: Sequence[str], first: Samples, last: Samples
+) -> dict[str, float]:
+    """Write what was written before and after, and the pictures after, into the run folder; return the figures."""
+    old, new = _values(first, len(wishes)), _values(last, len(wishes))
+    metrics: dict[str, float] = {}
+    for name in new:
+        change = paired_change(old[name], new[name])
+        common.say(f"{name}: {old[name].mean():.4g} before, {change.mean:+.4g} ± {change.error:.2g} after")
+        metrics |= {name: float(new[name].mean()), f"{name}_change": change.mean, f"{name}_change_error": change.error}
+    rows = [
+        {"wish": wish, "before": before[i], "after": after[i]}
+        | {f"{name}_before": float(values[i]) for name, values in old.items()}
+        | {f"{name}_after": float(values[i]) for name, values in new.items()}
+        for i, wish in enumerate(wishes)
+    ]
+    run.write_text("written.jsonl", "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+    run.write_samples(last, held_out=last.held_out)
+    return metrics
+
+
+def _values(samples: Samples, wishes: int) -> dict[str, Values]:
+    """Return reward and held-out rewards, each wish's the mean of its pictures, (wishes,)."""
+    found = {"reward": samples.rewards, **{f"held_out.{name}": values for name, values in samples.held_out.items()}}
+    return {
+        name: values.unflatten(0, (wishes, -1)).mean(1).cpu() for name, values in found.items() if values is not None
+    }
