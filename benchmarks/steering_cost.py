@@ -169,7 +169,7 @@ NAMES = {
     "best": "best of n single jumps",
     "best_4_jumps": "best of n of 4 jumps",
     "noise_optimisation": "noise optimisation (ReNO)",
-    "noise_climb": "the same from the best of k",
+    "noise_climb": "ReNO from the best of k",
     "halving": "successive halving",
     "beam": "beam search",
     "paths": "path search",
