@@ -27,6 +27,7 @@ from steerfm.sampling import Unsteered
 from steerfm.types import Images, Samples
 
 INSTRUCTION = "instruction.txt"  # beside the weights: a writer is of use only with what it was asked in training
+NO_THINKING = {"enable_thinking": False}  # Qwen3's; other templates ignore it
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -154,11 +155,10 @@ class Writer:
                 self.tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True, **NO_THINKING)
                 for one in asked
             ]
-        given = self.tokenizer(asked, padding=True, return_tensors="pt", add_special_tokens=not chat)
+        given = self.tokenizer(
+            asked, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not chat
+        )
         return {key: given[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-
-
-NO_THINKING = {"enable_thinking": False}  # Qwen3's; other templates ignore it
 
 
 @dataclass(frozen=True)

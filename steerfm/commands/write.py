@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from steerfm.commands import common
 from steerfm.config import Composed
@@ -46,13 +45,17 @@ def tune(recipe: Composed) -> Path:
         prompts, wishes = (read_prompts(recipe.build(key)) for key in ("prompts", "wishes"))
         checkpoints = run.folder / "checkpoints"
         if options.report_to == "wandb":
+            os.environ.setdefault("WANDB_PROJECT", "steerfm")
             os.environ.update(WANDB_MODE=resolve_mode(), WANDB_DIR=str(run.folder))
         trainer = prompt_writer(writer, painter, reward, prompts, options, checkpoints)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(News())
         before = writer.write(wishes, options.max_completion_length)
-        with common.interruptible(run):
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+        try:
+            with common.interruptible(run):
+                trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+        finally:
+            _close(trainer)
         saved = run.folder / recipe.values["save_as"]
         if trainer.is_world_process_zero():
             writer.save(saved)
@@ -70,6 +73,20 @@ class News(TrainerCallback):
         said = [f"{name} {float(logs[key]):.4g}" for key, name in TOLD.items() if logs and key in logs]
         if said:
             common.say(f"step {state.global_step} of {state.max_steps}: {', '.join(said)}")
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """Return the newest of TRL's checkpoints that was written to its end, or None; the state is written last."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _close(trainer: Any) -> None:
+    """Let a W&B run end with its training, so that the next of a sweep does not write into it."""
+    for callback in trainer.callback_handler.callbacks:
+        wandb = getattr(callback, "_wandb", None)
+        if wandb is not None:
+            wandb.finish()
 
 
 def _keep(

@@ -259,16 +259,20 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(folder: Pa
 # The command
 
 
-def test_the_recipe_tunes_and_keeps_what_was_written(folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]):
-    command = [
-        "write", "recipe=prompt_writer", "name=test", f"model={folder}", "drawn.n=2", "asked.n=2", "painter.samples=2",
-        "options.steps=2", "options.prompts_per_step=2", "options.samples_per_prompt=2", "options.log_every=1",
-        "options.max_completion_length=3", "options.bf16=false", "options.use_cpu=true", "options.save_every=1",
-        "options.learning_rate=0.05",
+def command(folder: Path, name: str) -> list[str]:
+    return [
+        "write", "recipe=prompt_writer", f"name={name}", f"model={folder}", "drawn.n=2", "asked.n=2",
+        "painter.samples=2", "options.steps=2", "options.prompts_per_step=2", "options.samples_per_prompt=2",
+        "options.log_every=1", "options.max_completion_length=3", "options.bf16=false", "options.use_cpu=true",
+        "options.save_every=1", "options.learning_rate=0.05",
     ]  # fmt: skip
-    assert main(command) == 0
+
+
+def test_the_recipe_tunes_and_keeps_what_was_written(folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*command(folder, "test"), "options.report_to=wandb"]) == 0
     run = workplace / "runs" / "test"
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
     rows = [json.loads(line) for line in (run / "written.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "metrics.json").read_text())
@@ -285,3 +289,24 @@ def test_the_recipe_tunes_and_keeps_what_was_written(folder: Path, workplace: Pa
     said = capsys.readouterr().out
     assert "step 2 of 2: reward" in said
     assert "held_out.judge: " in said
+
+
+def test_an_interrupted_command_goes_on(folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    from steerfm.commands import write
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **other: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write.News, "on_log", interrupt)
+        assert main(command(folder, "stopped")) == 130
+    run = workplace / "runs" / "stopped"
+    assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    (run / "checkpoints" / "checkpoint-2").mkdir()  # as a process that is killed while it saves leaves it
+    assert main(command(folder, "stopped")) == 0
+    assert main(command(folder, "whole")) == 0
+    learnt, expected = (
+        weights(Writer.load(workplace / "runs" / name / "writer").model) for name in ("stopped", "whole")
+    )
+    assert all(torch.allclose(learnt[name], expected[name], atol=1e-6) for name in expected)
