@@ -2,8 +2,9 @@
 
     python benchmarks/finetuning_black_box.py       one CPU core, 15 min: it trains the digits map first, once
 
-JPEG size is made smaller and larger, and symmetry, which is scored through numpy, greater. Gain: mean reward of 500 samples in 4 jumps over the base's, in base standard
-deviations; KL: the divergence D from the base; diversity: mean pairwise distance over the base's.
+JPEG size is made smaller and larger, and symmetry, which is scored through numpy, greater. Gain: mean reward of 500
+samples in 4 jumps over the base's, in base standard deviations; KL: the divergence D from the base; diversity: mean
+pairwise distance over the base's.
 """
 
 from __future__ import annotations
