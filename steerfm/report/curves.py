@@ -133,7 +133,7 @@ class Pen:
         size = (self.image.width // FINE, self.image.height // FINE)
         stream = io.BytesIO()
         small = self.image.resize(size, Image.Resampling.LANCZOS)
-        small.quantize(method=Image.Quantize.FASTOCTREE).save(stream, format="PNG", optimize=True)
+        small.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(stream, format="PNG", optimize=True)
         return stream.getvalue()
 
 
