@@ -1,6 +1,6 @@
 """Inverse problems: what steering draws for a measured digit or scene, and whether the truth is among it.
 
-    python benchmarks/inverse.py                    one core, 40 min; goes on where it stopped
+    python benchmarks/inverse.py                    one core, 20 min; goes on where it stopped
     python benchmarks/inverse.py --data digits --truths 8
 
 The problems are those of recipe=digits_inverse and recipe=shapes_inverse: half of a picture, a blurred one, or the
