@@ -1,8 +1,8 @@
 """What steering costs: reward and held-out reward against network calls a sample, of every method, on real maps.
 
-    python benchmarks/steering_cost.py digits         trains the map and its CLIP once; one core, 15 min
+    python benchmarks/steering_cost.py digits         trains the map and its CLIP once; one core, 8 min
     python benchmarks/steering_cost.py shapes         the models that ship with the package; one core, 40 min
-    python benchmarks/steering_cost.py digits --fast  few methods, at most 64 calls, 64 samples; one core, 4 min
+    python benchmarks/steering_cost.py digits --fast  few methods, at most 64 calls, 64 samples; one core, 3 min
 
 Every method gets 1, 4, 16, 64, 256 and 512 network calls a returned sample, all particles charged and a backward pass
 counting two, and makes of them what the table LINES says; where it can do nothing with so few, it is left out. Each is
