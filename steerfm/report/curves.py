@@ -133,7 +133,9 @@ class Pen:
         size = (self.image.width // FINE, self.image.height // FINE)
         stream = io.BytesIO()
         small = self.image.resize(size, Image.Resampling.LANCZOS)
-        small.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(stream, format="PNG", optimize=True)
+        small.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+            stream, format="PNG", optimize=True
+        )
         return stream.getvalue()
 
 
