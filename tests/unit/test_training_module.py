@@ -231,7 +231,10 @@ def test_gradient_method_refuses_a_black_box_reward() -> None:
     class Box(Brightness):
         differentiable = False
 
-    with pytest.raises(RewardError, match=r"'box' has no gradient, and DirectBackprop needs one. Use .*NegativeAware, PolicyGradient.*best of n"):
+    with pytest.raises(
+        RewardError,
+        match=r"'box' has no gradient, and DirectBackprop needs one. Use .*NegativeAware, PolicyGradient.*best of n",
+    ):
         RewardFineTuning(digit_map(), Box())
     with pytest.raises(ConfigError, match=r"temperature must be positive, got 0: it divides the reward"):
         RewardFineTuning(digit_map(), Brightness(), temperature=0)
