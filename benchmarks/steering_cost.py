@@ -26,7 +26,7 @@ from steerfm import config
 from steerfm.cli import main as steerfm
 from steerfm.commands import common, generation
 from steerfm.config import Composed
-from steerfm.runs import Run, run_fingerprint
+from steerfm.runs import Run, run_fingerprint, set_aside
 
 BUDGETS = (1, 4, 16, 64, 256, 512)
 BEST, QUARTER = "best_64", 16  # what is to be reached, and with how many calls
@@ -235,12 +235,20 @@ def run_all(
     for budget in budgets:
         for name in names:
             if budget in LINES[name].budgets:
-                recipe = composed(name, kind, source, budget, folder)
-                fingerprint = run_fingerprint(recipe.values, common.inputs(recipe), recipe.values["folder"])
-                if not Run.is_done(recipe.values["folder"], f"{name}_{budget}", fingerprint):
-                    generation.generate(recipe)
                 found[name].append(f"{name}_{budget}")
+                run_one(composed(name, kind, source, budget, folder), found[name][-1])
     return found
+
+
+def run_one(recipe: Composed, name: str) -> None:
+    """Make a run unless it is finished; one of another recipe is set aside, one that was interrupted begins again."""
+    root = recipe.values["folder"]
+    fingerprint = run_fingerprint(recipe.values, common.inputs(recipe), root)
+    if Run.is_done(root, name, fingerprint):
+        return
+    if (Path(root) / name / "run.json").exists() and Run.open(name, root).info.fingerprint != fingerprint:
+        set_aside(root, name)
+    generation.generate(recipe)
 
 
 def compare(kind: str, found: dict[str, list[str]], folder: Path) -> Path:
