@@ -54,7 +54,11 @@ lint: $(STAMP)  ## formatting, style, types, and who may import whom
 
 bench: $(STAMP)  ## speed and quality, one table a script (an hour; each can be run alone)
 	@for script in benchmarks/*.py; do \
-	  case "$$script" in */landscape.py|*/steering_exact.py) mode=--fast ;; *) mode= ;; esac; \
+	  case "$$script" in \
+	    */landscape.py|*/steering_exact.py|*/steering_learnt.py|*/finetuning_exact.py) mode=--fast ;; \
+	    */steering_cost.py) mode="digits --fast" ;; \
+	    *) mode= ;; \
+	  esac; \
 	  echo "== $$script $$mode"; $(BIN)/python "$$script" $$mode || exit 1; \
 	done
 
