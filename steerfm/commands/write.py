@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from steerfm.data.prompts import read_prompts
 from steerfm.metrics.paired import paired_change
 from steerfm.prompt_writer import judged, prompt_writer
 from steerfm.records import finite
-from steerfm.report.wandb import resolve_mode
+from steerfm.report.wandb import begin
 from steerfm.runs import Run
 from steerfm.types import Samples, Values
 
@@ -44,13 +43,12 @@ def tune(recipe: Composed) -> Path:
         held_out = {key: judge for key, judge in (recipe.build("held_out") or {}).items() if judge is not None}
         prompts, wishes = (read_prompts(recipe.build(key)) for key in ("prompts", "wishes"))
         checkpoints = run.folder / "checkpoints"
-        if options.report_to == "wandb":
-            os.environ.setdefault("WANDB_PROJECT", "steerfm")
-            os.environ.update(WANDB_MODE=resolve_mode(), WANDB_DIR=str(run.folder))
         trainer = prompt_writer(writer, painter, reward, prompts, options, checkpoints)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(News())
         before = writer.write(wishes, options.max_completion_length)
+        if options.report_to == "wandb" and trainer.is_world_process_zero():
+            begin(run.folder, run.folder.name)
         try:
             with common.interruptible(run):
                 trainer.train(resume_from_checkpoint=_last_whole(checkpoints))

@@ -64,6 +64,23 @@ def log_comparison(
     return kept
 
 
+def begin(folder: Path, name: str, project: str = "steerfm") -> None:
+    """Begin a run in `folder` that another library's W&B callback logs to; offline without a key, or without W&B.
+
+    That library would begin its own wherever this process first used W&B.
+    """
+    import wandb
+
+    chosen = resolve_mode()
+    silent = wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_REACH)
+    given: dict[str, Any] = {"project": project, "name": name, "dir": str(folder), "settings": silent}
+    try:
+        wandb.init(mode=chosen, **given)
+    except _unreachable() as error:
+        log.warning("W&B could not be reached (%s): the run is kept offline.", str(error).splitlines()[0])
+        wandb.init(mode="offline", **given)
+
+
 def _unreachable() -> tuple[type[Exception], ...]:
     """Return what wandb raises where it cannot log in or reach its server."""
     from wandb.errors import AuthenticationError, CommError, UsageError
