@@ -2,7 +2,7 @@
 
     python benchmarks/finetuning_exact.py                  everything; one core, hours, goes on where it stopped
     python benchmarks/finetuning_exact.py --only adjoint_matching,direct-path --problems mixture
-    python benchmarks/finetuning_exact.py --fast           two methods on Gaussians, held to their bounds; one core, 2 min
+    python benchmarks/finetuning_exact.py --fast           two methods on Gaussians, held to bounds; one core, 2 min
 
 Problems in the plane, each at three temperatures: a Gaussian under a linear reward and under a quadratic one, and the
 mixture of three modes under r = -(y - a . x)^2 / 2. The base is the exact map plus a network that starts at zero, which
