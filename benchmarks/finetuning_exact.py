@@ -38,7 +38,7 @@ import torch
 from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
-from steering_exact import bound, mode_shares
+from steering_exact import bound, markdown, mode_shares
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -352,18 +352,12 @@ def main() -> None:
             for cells in rows:
                 shown.add_row(*cells)
             console.print(shown)
-            pages.append(markdown(caption, rows))
+            pages.append(markdown(caption, HEADINGS, rows))
             lines += judge(f"{name}, T = {temperature}", table, floor, share >= SOUND)
     if arguments.write:
         write_atomic(arguments.write, "\n".join(pages).encode())
     console.print("\n".join(lines), markup=False)
     raise SystemExit(any(not line.startswith("holds") for line in lines))
-
-
-def markdown(caption: str, rows: list[list[str]]) -> str:
-    """Return a table as Markdown."""
-    lines = [f"{caption}.", "", *(f"| {' | '.join(cells)} |" for cells in [HEADINGS, [":--"] * len(HEADINGS), *rows])]
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

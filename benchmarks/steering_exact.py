@@ -370,7 +370,7 @@ def main() -> None:
         for cells in rows:
             table.add_row(*cells)
         console.print(table)
-        pages.append(markdown(caption, rows))
+        pages.append(markdown(caption, HEADINGS, rows))
         lines += judge(problem, found, least)
     if arguments.write:
         write_atomic(arguments.write, "\n".join(pages).encode())
@@ -378,9 +378,9 @@ def main() -> None:
     raise SystemExit(any(not line.startswith("holds") for line in lines))
 
 
-def markdown(caption: str, rows: list[list[str]]) -> str:
+def markdown(caption: str, headings: list[str], rows: list[list[str]]) -> str:
     """Return a table as Markdown."""
-    lines = [f"{caption}.", "", *(f"| {' | '.join(cells)} |" for cells in [HEADINGS, [":--"] * len(HEADINGS), *rows])]
+    lines = [f"{caption}.", "", *(f"| {' | '.join(cells)} |" for cells in [headings, [":--"] * len(headings), *rows])]
     return "\n".join([*lines, ""])
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steerfm import seeds as seeding
 from steerfm.errors import ConfigError
@@ -239,6 +240,13 @@ def finish(flow_map: FlowMap, task: Task, x0: State, reward: Any, cost: Cost, **
         scores = None if reward is None else as_reward(reward)(images, task.prompts)
     samples = Samples(x0.detach(), images, task.prompts, task.seeds, cost, **more)
     return samples if scores is None else replace(samples, rewards=scores.total, parts=scores.parts)
+
+
+def decoded(flow_map: FlowMap, x0: State) -> Tensor:
+    """Return the pictures; a network that decodes keeps nothing for the backward pass and decodes again there."""
+    if isinstance(flow_map.codec, nn.Module) and torch.is_grad_enabled():
+        return checkpoint(flow_map.decode, x0, use_reentrant=False)  # type: ignore[return-value]
+    return flow_map.decode(x0)
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from steerfm.distributed import gather, group_statistics
+from steerfm.distributed import effective_sample_size, gather, group_statistics
 from steerfm.flow_map import FlowMap
 from steerfm.reward import Reward, Scores
-from steerfm.sampling import few_jumps
+from steerfm.sampling import decoded, few_jumps
 from steerfm.seeds import RowDraws
 from steerfm.types import Condition, State, Times, Values
 
@@ -133,13 +133,6 @@ def kept(function: Callable, checkpointing: bool) -> Callable:
     return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
 
 
-def decoded(flow_map: FlowMap, x0: State) -> Tensor:
-    """Return the pictures; a network that decodes keeps nothing for the backward pass and decodes again there."""
-    if isinstance(flow_map.codec, nn.Module) and torch.is_grad_enabled():
-        return checkpoint(flow_map.decode, x0, use_reentrant=False)  # type: ignore[return-value]
-    return flow_map.decode(x0)
-
-
 @torch.no_grad()
 def draws_of(flow_map: FlowMap, batch: Batch, jumps: int) -> tuple[State, Scores]:
     """Return samples of a map in so many jumps, one a row, and their rewards, without a gradient."""
@@ -169,4 +162,4 @@ def exponential_weights(rewards: Values, temperature: float, prompts: Sequence[s
 def effective_share(weights: Values) -> Tensor:
     """Return the effective sample size of weights over their number, over all processes; a number in (0, 1]."""
     everything = gather(weights).double()
-    return everything.sum() ** 2 / everything.square().sum() / len(everything)
+    return effective_sample_size(everything.log()) / len(everything)

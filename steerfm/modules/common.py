@@ -16,6 +16,7 @@ from steerfm.callbacks.ema import averaged
 from steerfm.distributed import world
 from steerfm.errors import ConfigError, TrainingError
 from steerfm.flow_map import FlowMap
+from steerfm.objectives.teachers import Following
 from steerfm.seeds import torch_generator
 from steerfm.types import Values
 
@@ -80,3 +81,20 @@ class Guest:
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
         """Return the module, moved to `device`, and to the floating type `dtype` where one is given."""
         return self.module.to(device=device, dtype=dtype)
+
+
+class Followers:
+    """Let the companions among `modules` that follow a map's weights begin, and follow once an optimiser step."""
+
+    def __init__(self, modules: Iterable[nn.Module], flow_map: FlowMap) -> None:
+        self.all = [module for module in modules if isinstance(module, Following)]
+        self.step = 0  # the optimiser step up to which they have followed
+        for follower in self.all:
+            follower.begin(flow_map)
+
+    def follow(self, flow_map: FlowMap, step: int) -> None:
+        """Look at the weights after `step` optimiser steps; nothing where the batch was accumulated."""
+        if step > self.step:
+            self.step = step
+            for follower in self.all:
+                follower.follow(flow_map, step)

@@ -16,11 +16,11 @@ from steerfm.conditions.guidance import with_scale
 from steerfm.conditions.sight import sight
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import Guest, configure, require_finite, save_averaged, step_generator
+from steerfm.modules.common import Followers, Guest, configure, require_finite, save_averaged, step_generator
 from steerfm.modules.compiling import Compiler, name_of
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
-from steerfm.objectives.teachers import Following, parts_of
+from steerfm.objectives.teachers import parts_of
 from steerfm.saving import describe_flow_map
 from steerfm.seeds import torch_generator
 from steerfm.times import TimeLaw, Triangle
@@ -97,9 +97,7 @@ class FlowMapTraining(lightning.LightningModule):
         teachers, companions = parts_of({"objective": self.objective, "diagonal": diagonal})
         self._teachers = [Guest(teacher) for teacher in teachers]
         self.companions = nn.ModuleDict(companions)
-        self._followers = [module for module in self.modules() if isinstance(module, Following)]
-        for follower in self._followers:
-            follower.begin(self.flow_map)
+        self._followers = Followers(self.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=3e-4)
         self.scheduler = scheduler
         self.flow_matching_steps = flow_matching_steps
@@ -108,7 +106,6 @@ class FlowMapTraining(lightning.LightningModule):
         self.seed = seed
         self.sighted = sighted
         self._compiler = Compiler(self.parameters) if compile else None
-        self._followed = 0  # the optimiser step up to which the companions have followed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         generator = step_generator(self, self.seed)
@@ -122,10 +119,7 @@ class FlowMapTraining(lightning.LightningModule):
             teacher.on(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step > self._followed:  # not where the batch was accumulated
-            self._followed = self.global_step
-            for follower in self._followers:
-                follower.follow(self.flow_map, self.global_step)
+        self._followers.follow(self.flow_map, self.global_step)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with torch.enable_grad():  # finite where training is; forward mode does not mind

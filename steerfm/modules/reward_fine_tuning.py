@@ -19,10 +19,10 @@ from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
 from steerfm.finetuning.noise_adapter import with_conditioner
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import Guest, batches_so_far, configure, save_averaged, step_generator
+from steerfm.modules.common import Followers, Guest, batches_so_far, configure, save_averaged, step_generator
 from steerfm.networks.sharing import copy_around
 from steerfm.objectives import Compositional
-from steerfm.objectives.teachers import Following, parts_of
+from steerfm.objectives.teachers import parts_of
 from steerfm.reward import Reward, Scores, as_reward
 from steerfm.reward_adapters import means
 from steerfm.sampling import few_jumps
@@ -89,10 +89,7 @@ class RewardFineTuning(lightning.LightningModule):
         teachers, companions = parts_of({"method": self.method, "consistency": self.consistency})
         self._teachers = [Guest(teacher) for teacher in teachers]
         self.companions = nn.ModuleDict(companions)
-        self._followers = [module for module in self.companions.modules() if isinstance(module, Following)]
-        for follower in self._followers:
-            follower.begin(self.flow_map)
-        self._followed = 0  # the optimiser step up to which the companions have followed
+        self._followers = Followers(self.companions.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=1e-4)
         self.scheduler = scheduler
         self.monitor_every = monitor_every
@@ -204,10 +201,7 @@ class RewardFineTuning(lightning.LightningModule):
             teacher.on(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step > self._followed:  # not where the batch was accumulated
-            self._followed = self.global_step
-            for follower in self._followers:
-                follower.follow(self.flow_map, self.global_step)
+        self._followers.follow(self.flow_map, self.global_step)
         if self.method.steps is not None and self.global_step >= self.method.steps:
             self.trainer.should_stop = True
 

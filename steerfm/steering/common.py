@@ -9,15 +9,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from steerfm import seeds as seeding
 from steerfm.distributed import effective_sample_size, gather, shard, world
 from steerfm.errors import ConfigError, RewardError
 from steerfm.flow_map import FlowMap
 from steerfm.reward import Reward, as_reward
-from steerfm.sampling import Task, finish, measure, prepare
+from steerfm.sampling import Task, decoded, finish, measure, prepare
 from steerfm.types import Condition, Cost, Samples, State, Values
 
 
@@ -214,7 +213,9 @@ class Run:
     ) -> tuple[State, Values, State]:
         """Return (x0, r(x0), its gradient with respect to x) of x0 = clean(x, condition), row by row."""
         parts = [
-            value_and_gradient(partial(_told, clean, condition), self.reward, self._decode, x[some], prompts)
+            value_and_gradient(
+                partial(_told, clean, condition), self.reward, partial(decoded, self.flow_map), x[some], prompts
+            )
             for some, condition, prompts in self._parts(x)
         ]
         x0, values, gradients = zip(*parts, strict=True)
@@ -286,12 +287,6 @@ class Run:
             if condition is not None:
                 condition = condition.select(pairs.to(x.device))
             yield some, condition, [self.task.prompts[i] for i in pairs.tolist()]
-
-    def _decode(self, x0: State) -> Tensor:
-        """Return the pictures; a network that decodes keeps nothing for the backward pass and decodes again there."""
-        if isinstance(self.flow_map.codec, nn.Module):
-            return checkpoint(self.flow_map.decode, x0, use_reentrant=False)  # type: ignore[return-value]
-        return self.flow_map.decode(x0)
 
     def _tell(self, done: int, of: int, t: float, cost: Cost) -> None:
         if self.watch.on_step is not None:
