@@ -71,6 +71,11 @@ class RewardFineTuning(lightning.LightningModule):
         if not temperature > 0:
             raise ConfigError(f"temperature must be positive, got {temperature}: it divides the reward.")
         self.method = method or DirectBackprop()
+        if not isinstance(self.method, FineTuning):
+            raise ConfigError(
+                f"{type(method).__name__} is no method of steerfm.finetuning: take one of those, such as "
+                "AdjointMatching, or sample with it by 'steerfm steer'."
+            )
         self._reward = None if reward is None else Guest(as_reward(reward))
         self._check_reward()
         self._held_out = [Guest(as_reward(r)) for r in held_out]

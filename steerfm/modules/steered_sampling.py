@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfm.errors import ConfigError
+from steerfm.finetuning import FineTuning
 from steerfm.flow_map import FlowMap
 from steerfm.images import to_unit
 from steerfm.modules.common import Guest
@@ -29,7 +30,8 @@ class SteeredSampling(lightning.LightningModule):
     method: Unsteered or a method of steerfm.steering. reward: what steers, or for Unsteered what scores.
     held_out: rewards that nothing optimises; their values come in Samples.held_out. watch: budget, news and
     look-aheads of a steering method (those of the first batch's first few samples, as pictures in the trace); a plain
-    sampler has none of them. Nothing is trained. Raises ConfigError where a plain sampler is given a budget.
+    sampler has none of them. Nothing is trained. Raises ConfigError where a plain sampler is given a budget, and for a
+    method of fine-tuning.
     """
 
     def __init__(
@@ -43,6 +45,11 @@ class SteeredSampling(lightning.LightningModule):
         super().__init__()
         self.flow_map = flow_map.eval().requires_grad_(False)
         self.method = method or Unsteered()
+        if isinstance(self.method, FineTuning):
+            raise ConfigError(
+                f"{type(method).__name__} tunes a map and draws no samples: run it by 'steerfm finetune', or choose a "
+                "method of steerfm.steering."
+            )
         self._reward = None if reward is None else Guest(as_reward(reward))
         self._held_out = [Guest(as_reward(r)) for r in held_out]
         self.watch = watch or Watch()

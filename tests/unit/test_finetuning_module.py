@@ -14,6 +14,7 @@ from trainers import digit_map, equal, trainer
 from steerfm import (
     EMA,
     AdjointMatching,
+    BestOfN,
     DirectBackprop,
     DirectPreference,
     LeapAlign,
@@ -24,6 +25,7 @@ from steerfm import (
     RewardDistillation,
     RewardFeedback,
     RewardFineTuning,
+    SteeredSampling,
     TiltMatching,
     ValueMatching,
     WeightedRegression,
@@ -138,6 +140,15 @@ def test_a_run_of_rounds_ends_after_the_last(tmp_path: Path) -> None:
     run = trainer(tmp_path, 50)
     run.fit(made, data("negative_aware"))
     assert run.global_step == 4
+
+
+def test_steering_and_tuning_are_not_taken_for_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"BestOfN is no method of steerfm.finetuning: take one of those"):
+        RewardFineTuning(digit_map(), contrast, BestOfN())  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"TiltMatching tunes a map and draws no samples: run it by 'steerfm finetune'"
+    ):
+        SteeredSampling(digit_map(), TiltMatching())  # type: ignore[arg-type]
 
 
 def test_a_missing_reward_and_a_loss_that_is_not_finite_are_named(tmp_path: Path) -> None:
