@@ -78,7 +78,7 @@ class Comparison:
         """Return what the reader must know of single rows, by label."""
         return tuple((row.label, row.note.rstrip(". ")) for row in self.rows if row.note and row.kind != "subset")
 
-    def table(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
         """Return a flat dictionary of plain values a row, with the same keys for all."""
         return [flat(row, list(self.held_out)) for row in self.rows]
 

@@ -132,7 +132,7 @@ def _figures(comparison: Comparison) -> Any:
     """Return the summary as a wandb.Table."""
     import wandb
 
-    rows = comparison.table()
+    rows = comparison.records()
     names = list(rows[0])
     heads: list[int | str] = [*names]
     return wandb.Table(columns=heads, data=[[row[name] for name in names] for row in rows])
@@ -191,7 +191,7 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
     """Return every number of every row, by run label and figure."""
     return {
         f"{row['label']}/{name}": value
-        for row in comparison.table()
+        for row in comparison.records()
         for name, value in row.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

@@ -54,7 +54,7 @@ def describe(comparison: Comparison, title: str = "", wandb_mode: str = "disable
 def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
     """Write the files of a comparison; the page comes last, since its presence says that all is there."""
     table = {
-        "rows": comparison.table(),
+        "rows": comparison.records(),
         "differences": [_difference(pair) for pair in comparison.pairs],
         "warnings": list(comparison.warnings),
         "prompts": list(comparison.prompts),

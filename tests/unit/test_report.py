@@ -64,7 +64,7 @@ def points_run(root: Path, name: str, **fields) -> Path:
 
 
 def test_every_row_holds_what_its_samples_say(compared: report.Comparison) -> None:
-    table = {row["label"]: row for row in compared.table()}
+    table = {row["label"]: row for row in compared.records()}
     assert list(table) == [*METHODS, "base, its own sevens", "real data"]
     samples, held_out = pose("tilting, T = 0.1")
     assert samples.rewards is not None
@@ -90,7 +90,7 @@ def test_every_row_holds_what_its_samples_say(compared: report.Comparison) -> No
 
 
 def test_the_collapsed_run_shows_as_such(compared: report.Comparison) -> None:
-    table = {row["label"]: row for row in compared.table()}
+    table = {row["label"]: row for row in compared.records()}
     hacked, good = table["fine-tuned, T = 0.01"], table["fine-tuned, T = 0.1"]
     assert hacked["reward"] > good["reward"]
     assert hacked["held_out.judge p(7)"] < good["held_out.judge p(7)"]
@@ -99,7 +99,7 @@ def test_the_collapsed_run_shows_as_such(compared: report.Comparison) -> None:
 
 
 def test_subset_and_real_data_rows(compared: report.Comparison) -> None:
-    table = {row["label"]: row for row in compared.table()}
+    table = {row["label"]: row for row in compared.records()}
     subset, real = table["base, its own sevens"], table["real data"]
     judged = pose("base")[1]["judge p(7)"]
     assert subset["kind"] == "subset"
@@ -224,7 +224,7 @@ def test_rewards_that_are_not_finite_are_left_out_and_said(tmp_path: Path) -> No
     assert comparison.rows[0].reward.mean == 2.5
     assert comparison.rows[0].reward.n == 4
     assert "'bad': 2 of 6 values of reward are missing or not finite; left out." in comparison.warnings
-    assert "NaN" not in json.dumps(comparison.table())
+    assert "NaN" not in json.dumps(comparison.records())
 
 
 def test_the_temperature_and_the_tuning_time_come_from_the_runs_it_was_made_from(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_a_comparison_is_a_run_folder(six: Path, compared: report.Comparison, tm
         "config.yaml", "run.json", "table.json", "table.md", "pictures.png", "page.html", ".lock",
     }  # fmt: skip
     table = json.loads((run.folder / "table.json").read_text())
-    assert table["rows"] == json.loads(json.dumps(compared.table()))
+    assert table["rows"] == json.loads(json.dumps(compared.records()))
     assert table["differences"][0]["within_noise"] is False
     before = page.stat().st_mtime_ns
     report.write_comparison(compared, tmp_path / "compared")  # nothing changed, nothing written
@@ -519,7 +519,7 @@ def test_wandb_keeps_the_table_and_the_pictures_readable(compared: report.Compar
     tables = [json.loads(data) for data in staged.values() if data.startswith(b"{") and b'"_type": "table"' in data]
     figures = next(table for table in tables if table["columns"][0] == "label")
     samples = next(table for table in tables if table["columns"][0] == "prompt")
-    assert figures["data"] == json.loads(json.dumps([list(row.values()) for row in compared.table()]))
+    assert figures["data"] == json.loads(json.dumps([list(row.values()) for row in compared.records()]))
     assert samples["columns"][:4] == ["prompt", "seed", "base", "base: reward"]
     assert len(samples["data"]) == 12
     for i, label in enumerate(METHODS):
