@@ -7,17 +7,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steerfm.errors import RunError, nearest
+from steerfm.errors import RunError, missing_package, nearest
 from steerfm.report.estimates import Estimate, estimate
 from steerfm.report.rows import SMALLEST_EQUAL, Geometry, Row, flat, reference_row, run_row
 from steerfm.report.sources import COSTS, Source, load, load_all, same_tensor
 from steerfm.report.warn import warnings_about
+
+if TYPE_CHECKING:
+    from altair import Chart
+    from pandas import DataFrame
 
 SUBSET_KEYS = ("label", "run", "where", "above")
 
@@ -81,6 +85,29 @@ class Comparison:
     def records(self) -> list[dict[str, Any]]:
         """Return a flat dictionary of plain values a row, with the same keys for all."""
         return [flat(row, list(self.held_out)) for row in self.rows]
+
+    def table(self) -> DataFrame:
+        """Return the rows as a pandas data frame: indexed by label, without the columns that no row fills.
+
+        The columns are those of `records`; a figure that a row lacks is NaN. Needs the extra `report`.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise missing_package("pandas", "report", "A comparison as a data frame") from error
+        frame = DataFrame(self.records()).set_index("label").dropna(axis="columns", how="all")
+        texts = ("kind", "run", "note")
+        return frame.astype({name: float for name in frame if frame[name].dtype == object and name not in texts})
+
+    def plot(self) -> Chart:
+        """Return what the page plots as an Altair chart, which a notebook shows. Needs the extra `report`."""
+        try:
+            import altair
+        except ImportError as error:
+            raise missing_package("altair", "report", "A comparison as a chart") from error
+        from steerfm.report.charts import specification
+
+        return altair.Chart.from_dict(specification(self))
 
 
 def compare(

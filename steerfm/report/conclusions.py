@@ -1,0 +1,115 @@
+"""What a comparison's figures say, in sentences: each with its figures, and "within noise" where that is all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from steerfm.report.columns import COST_NAMES, change, compact
+from steerfm.report.compare import Comparison, differences_of
+from steerfm.report.equal import EqualCost
+from steerfm.report.estimates import Estimate, over_prompts
+from steerfm.report.rows import Row
+from steerfm.report.sources import Source
+
+CHANCE = 0.05  # of an interval that leaves out zero though there is no difference
+
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """Return what each run gained on the first and at what cost, what was hacked, and who leads in held-out values."""
+    rows = {row.label: row for row in comparison.rows if row.kind == "run"}
+    found = []
+    for source in comparison.sources[1:]:
+        changes = {pair.metric: pair.difference for pair in comparison.pairs if pair.label == source.label}
+        if changes:
+            found.append(_gain(rows[source.label], rows[comparison.sources[0].label], changes, comparison.x))
+        found += [_at_equal_cost(each, comparison.x) for each in comparison.equal_cost if each.label == source.label]
+    return [*found, *(said for name in comparison.held_out for said in _leader(comparison, rows, name))]
+
+
+def meaning(comparison: Comparison) -> str:
+    """Return what the intervals stand for, and how many would leave out zero by chance."""
+    unit = "whole prompts" if _over_prompts(comparison.sources) else "(prompt, seed) pairs, so for these prompts"
+    count = len(comparison.pairs)
+    expected = f" Of {count} differences, about {compact(CHANCE * count)} would leave out zero by chance alone."
+    return f"Intervals hold 95% of bootstrap resamples of {unit}.{expected if count > 1 else ''}"
+
+
+def hacked(changes: Mapping[str, Estimate]) -> list[str]:
+    """Return the held-out names that fell, beyond noise, while the reward rose."""
+    reward = changes.get("reward")
+    if reward is None or reward.covers_zero or reward.mean < 0:
+        return []
+    return [
+        _short(name) for name, each in changes.items() if name != "reward" and not each.covers_zero and each.mean < 0
+    ]
+
+
+def _gain(row: Row, first: Row, changes: Mapping[str, Estimate], cost: str) -> str:
+    figures = ", ".join(f"{_short(name)} {change(found)}" for name, found in changes.items())
+    said = f"{row.label} against {first.label}: {figures}{_price(row, first, cost)}."
+    fallen = hacked(changes)
+    return said + (f" Its reward rises while {' and '.join(fallen)}, held out, falls: it is hacked." if fallen else "")
+
+
+def _price(row: Row, first: Row, cost: str) -> str:
+    """Return what the run costs, in units of the first."""
+    mine, base = row.costs.get(cost), first.costs.get(cost)
+    if not mine or not base:
+        return ""
+    times = "the same" if mine == base else f"{compact(mine / base)} times the"
+    return f", at {times} {COST_NAMES[cost]}"
+
+
+def _at_equal_cost(found: EqualCost, cost: str) -> str:
+    best = f"the best of {found.n:,} samples of {found.against}"
+    if not found.differences:
+        return f"{found.label} costs as much as {best}, which cannot be told from these runs: {found.note}."
+    figures = ", ".join(f"{_short(name)} {change(each)}" for name, each in found.differences.items())
+    return f"{found.label} against {best}, at equal {COST_NAMES[cost]}: {figures}."
+
+
+def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[str]:
+    """Return who has the highest held-out value and whether it leads beyond noise, and who hacked the reward instead.
+
+    Nothing where fewer than two runs have the value.
+    """
+    known = sorted(
+        (s for s in comparison.sources if name in rows[s.label].held_out), key=lambda s: _mean(rows, s, name)
+    )
+    if len(known) < 2:
+        return []
+    first, others = known[-1], known[-2::-1]
+    second = others[0]
+    lead = _changes(first, second).get(f"held_out.{name}")
+    if lead is None:
+        said = f"{first.label}; it has no (prompt, seed) pair in common with {second.label}"
+    elif lead.covers_zero:
+        said = f"{first.label} and {second.label}, whose difference is within noise"
+    else:
+        said = f"{first.label}, {change(lead)} above {second.label}"
+    return [f"Highest {name}, held out: {said}.", *(s for other in others if (s := _parted(other, first, name)))]
+
+
+def _parted(source: Source, leader: Source, name: str) -> str:
+    """Return that a run's reward lies above the leader's while its held-out value lies below, where both are so."""
+    changes = _changes(source, leader)
+    if name not in hacked({key: changes[key] for key in ("reward", f"held_out.{name}") if key in changes}):
+        return ""
+    figures = f"reward {change(changes['reward'])}, {name} {change(changes[f'held_out.{name}'])}"
+    return f"{source.label} hacks its reward, held against {leader.label}: {figures}."
+
+
+def _changes(source: Source, first: Source) -> dict[str, Estimate]:
+    return {pair.metric: pair.difference for pair in differences_of(source, first)}
+
+
+def _mean(rows: Mapping[str, Row], source: Source, name: str) -> float:
+    return rows[source.label].held_out[name].mean
+
+
+def _over_prompts(sources: Sequence[Source]) -> bool:
+    return bool(sources) and over_prompts([prompt for prompt, _ in sources[0].pairs])
+
+
+def _short(metric: str) -> str:
+    return metric.removeprefix("held_out.")

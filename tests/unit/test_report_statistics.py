@@ -1,0 +1,200 @@
+"""What comparisons conclude on synthetic runs whose differences are known: intervals, equal cost, and no difference."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steerfm import report
+from steerfm.errors import RunError
+from steerfm.report import equal, estimates
+from steerfm.runs import Run
+from steerfm.types import Cost, Samples
+
+TRIALS = 300
+
+
+def made(
+    root: Path,
+    name: str,
+    rewards: np.ndarray,
+    *,
+    prompts: list[str] | None = None,
+    judge: np.ndarray | None = None,
+    calls: float = 1.0,
+    label: str = "",
+) -> None:
+    """Make a finished run of points with these rewards (prompts, seeds)."""
+    rewards = np.atleast_2d(rewards)
+    names = prompts or [f"prompt {i}" if len(rewards) > 1 else "" for i in range(len(rewards))]
+    total = rewards.size
+    held_out = {} if judge is None else {"judge": torch.from_numpy(np.asarray(judge, dtype=np.float64).ravel())}
+    x = torch.zeros(total, 2)
+    samples = Samples(
+        x0=x,
+        images=x,
+        prompts=[prompt for prompt in names for _ in range(rewards.shape[1])],
+        seeds=[seed for _ in names for seed in range(rewards.shape[1])],
+        cost=Cost(calls, 1, 0, 0.001 * calls),
+        rewards=torch.from_numpy(rewards.ravel()),
+    )
+    with Run.start(name, command="sample", config={"name": name}, recipe="made", label=label or name, root=root) as run:
+        run.write_samples(samples, held_out=held_out)
+
+
+def covered(share: float, trials: int = TRIALS) -> bool:
+    """Say whether a share of intervals that hold the truth is 95%, within three standard errors."""
+    return abs(share - 0.95) <= 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+@pytest.mark.parametrize("size", [10, 60])
+def test_intervals_hold_the_truth_as_often_as_they_say(size: int) -> None:
+    draws = np.random.default_rng(size).normal(size=(TRIALS, size))
+    hits = [found.covers_zero for i, x in enumerate(draws) if (found := estimates.estimate(x, seed=i))]
+    assert covered(float(np.mean(hits)))
+
+
+def test_samples_of_one_prompt_are_not_independent() -> None:
+    """Prompts differ in difficulty: resampled one by one, their samples promise far too much of other prompts."""
+    generator = np.random.default_rng(0)
+    prompts = [f"{i}" for i in range(40) for _ in range(4)]
+    hits = {True: 0, False: 0}
+    for i in range(TRIALS):
+        x = (generator.normal(size=(40, 1)) + 0.5 * generator.normal(size=(40, 4))).ravel()
+        for whole in hits:
+            found = estimates.estimate(x, prompts if whole else (), seed=i)
+            hits[whole] += bool(found and found.covers_zero)
+    assert covered(hits[True] / TRIALS)
+    assert hits[False] / TRIALS < 0.85
+
+
+def test_few_prompts_are_not_resampled() -> None:
+    x = np.random.default_rng(0).normal(size=36)
+    few = [f"{i % 9}" for i in range(36)]
+    assert estimates.estimate(x, few) == estimates.estimate(x)
+    assert estimates.estimate(x, [f"{i % 10}" for i in range(36)]) != estimates.estimate(x)
+    holes = np.where(np.arange(36) == 3, np.nan, x)
+    assert estimates.estimate(holes, [f"{i}" for i in range(36)]) == estimates.estimate(np.delete(x, 3))
+
+
+def test_paired_differences_find_what_is_there_and_nothing_else(tmp_path: Path) -> None:
+    """Seeds' own spread, shared by both runs, is thirty times the difference, and does not hide it."""
+    generator = np.random.default_rng(1)
+    base = 30 * generator.normal(size=(20, 10))
+    made(tmp_path, "base", base)
+    made(tmp_path, "better", base + 1 + 0.5 * generator.normal(size=base.shape))
+    made(tmp_path, "other", base + 0.5 * generator.normal(size=base.shape))
+    better, other = report.compare(["base", "better", "other"], root=tmp_path).pairs
+    assert not better.within_noise and better.difference.mean == pytest.approx(1, abs=3 * 0.5 / 200**0.5)
+    assert other.within_noise
+    assert better.difference.low is not None and better.difference.high is not None
+    assert better.difference.high - better.difference.low == pytest.approx(2 * 1.96 * 0.5 / 200**0.5, rel=0.4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_best_of_n_is_the_mean_over_all_choices(n: int) -> None:
+    generator = np.random.default_rng(n)
+    rewards, values = generator.normal(size=(2, 5))
+    choices = [max(chosen, key=lambda i: rewards[i]) for chosen in itertools.combinations(range(5), n)]
+    assert equal.best_of(n, rewards, values) == pytest.approx(np.mean(values[choices]))
+    assert equal.best_of(n, rewards, rewards) == pytest.approx(np.mean(rewards[choices]))
+
+
+@pytest.mark.parametrize("prompts", [1, 12])
+def test_at_equal_cost_the_best_of_the_base_is_what_best_of_n_gives(tmp_path: Path, prompts: int) -> None:
+    generator = np.random.default_rng(prompts)
+    base, pool = generator.normal(size=(prompts, 200)), generator.normal(size=(prompts, 100, 8))
+    made(tmp_path, "base", base, judge=base + generator.normal(size=base.shape))
+    best = np.take_along_axis(pool, pool.argmax(-1, keepdims=True), -1)[..., 0]
+    made(tmp_path, "best", best, judge=best + generator.normal(size=best.shape), calls=8)
+    made(tmp_path, "cheap", best, judge=best + generator.normal(size=best.shape), calls=1.9)
+    made(tmp_path, "dear", best, judge=best, calls=64)
+    found = {each.label: each for each in report.compare(["base", "best", "cheap", "dear"], root=tmp_path).equal_cost}
+    assert set(found) == {"best", "dear"}, "a run that costs less than twice the first has no best of n to beat"
+    assert found["best"].n == 8
+    for each in found["best"].differences.values():
+        assert each.low is not None and each.high is not None
+        assert abs(each.mean) < 3 / 1.96 * (each.high - each.low) / 2, "no difference beyond three standard errors"
+    dear = found["dear"].differences
+    assert found["dear"].n == 64 and dear["reward"].mean < -0.7  # 1.42 for eight, about 2.35 for 64
+    if prompts > 1:
+        assert not dear["reward"].covers_zero and not dear["held_out.judge"].covers_zero
+    else:
+        assert dear["reward"].low is None, "200 samples say little of how far the best of 64 may be off"
+
+
+def test_intervals_of_the_best_of_n_hold_the_truth() -> None:
+    hits, trials = 0, 60
+    for i in range(trials):
+        generator = np.random.default_rng(i)
+        first, other = generator.normal(size=80), generator.normal(size=(50, 4)).max(1)
+        hits += equal._difference([(first, first, other)], 4).covers_zero
+    assert covered(hits / trials, trials)
+
+
+def test_what_cannot_be_told_at_equal_cost_is_said(tmp_path: Path) -> None:
+    made(tmp_path, "base", np.zeros((2, 4)))
+    made(tmp_path, "dear", np.ones((2, 4)), calls=16)
+    comparison = report.compare(["base", "dear"], root=tmp_path)
+    assert comparison.equal_cost[0].note == "needs 16 samples for each prompt, base has 4"
+    assert any("cannot be told from these runs: needs 16 samples" in said for said in report.conclusions(comparison))
+    assert report.compare(["base", "dear"], root=tmp_path, x="reward_calls").equal_cost == ()
+
+
+def test_conclusions_say_what_was_gained_hacked_and_within_noise(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    base = generator.normal(size=(20, 10))
+
+    def near(x: np.ndarray) -> np.ndarray:
+        return x + 0.1 * generator.normal(size=x.shape)
+
+    made(tmp_path, "base", base, judge=near(base))
+    made(tmp_path, "same", near(base), judge=near(base), calls=3)
+    made(tmp_path, "good", near(base) + 1, judge=near(base) + 1)
+    made(tmp_path, "greedy", near(base) + 2, judge=near(base) + 0.5)
+    made(tmp_path, "broken", near(base) + 3, judge=near(base) - 1)
+    said = report.conclusions(report.compare(["base", "same", "good", "greedy", "broken"], root=tmp_path))
+    text = "\n".join(said)
+    assert said[0].startswith("same against base: reward ") and said[0].count("(within noise)") == 2
+    assert "at 3 times the network calls" in said[0]
+    assert "same against the best of 3 samples of base, at equal network calls" in said[1]
+    assert "good against base: reward +1.0" in text and "at the same network calls" in text
+    assert "Its reward rises while judge, held out, falls: it is hacked." in next(s for s in said if "broken ag" in s)
+    assert re.search(r"Highest judge, held out: good, \+0\.(48|49|50|51)\d* ± 0\.0\d+ above greedy", text)
+    assert "greedy hacks its reward, held against good: reward +" in text
+    assert "good hacks" not in text and "same hacks" not in text
+
+
+def test_runs_that_lead_together_are_named_together(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    base = generator.normal(size=(20, 10))
+    for name in ("base", "one", "two"):
+        shift = 0 if name == "base" else 1
+        made(tmp_path, name, base, judge=base + shift + 0.1 * generator.normal(size=base.shape))
+    said = report.conclusions(report.compare(["base", "one", "two"], root=tmp_path))
+    assert "whose difference is within noise" in said[-1] and "one" in said[-1] and "two" in said[-1]
+
+
+def test_a_sweep_s_folder_and_patterns_name_their_runs(tmp_path: Path) -> None:
+    for n in (16, 2):
+        made(tmp_path, f"sweep/n-{n}", np.ones((1, 3)))
+    made(tmp_path, "base", np.ones((1, 3)))
+    (tmp_path / "empty").mkdir()
+    assert report.expand(["base", "sweep"], tmp_path) == ["base", "sweep/n-2", "sweep/n-16"]
+    assert report.expand([tmp_path / "sweep", "sweep/n-16"], tmp_path) == ["sweep/n-2", "sweep/n-16"]
+    assert report.expand("b*", tmp_path) == ["base"]
+    assert [row.label for row in report.compare(["base", "sweep"], root=tmp_path).rows] == [
+        "base",
+        "sweep/n-2",
+        "sweep/n-16",
+    ]
+    for wrong in ("empty", "c*"):
+        with pytest.raises(RunError, match=r"No run in .*name runs, a folder of runs, or a pattern"):
+            report.expand([wrong], tmp_path)
+    with pytest.raises(RunError, match=r"did you mean 'base'"):
+        report.compare(["bass"], root=tmp_path)
