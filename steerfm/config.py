@@ -46,7 +46,11 @@ class Composed:
 
     def named(self, name: str) -> Composed:
         """Return the same recipe for a run of this name."""
-        return dataclasses.replace(self, values={**self.values, "name": name})
+        return self.changed(name=name)
+
+    def changed(self, **values: Any) -> Composed:
+        """Return the same recipe with other values, which are not checked again."""
+        return dataclasses.replace(self, values={**self.values, **values})
 
 
 @dataclasses.dataclass(frozen=True)

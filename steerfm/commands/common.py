@@ -42,7 +42,10 @@ NO_CONCERN = (
 
 
 def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
-    """Compose every recipe that the arguments ask for (one, or each point of a sweep), before any is run."""
+    """Compose every recipe that the arguments ask for (one, or each point of a sweep), before any is run.
+
+    The runs of a sweep lie in one folder.
+    """
     if not arguments.multirun:
         return [config.compose(command, arguments.overrides, folders=arguments.recipes, trusted=arguments.trust)]
     points = config.sweep(arguments.overrides)
@@ -52,7 +55,7 @@ def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
     first = recipes[0]
     stem = choose_name(first.recipe, str(first.values["name"] or ""), first.values["folder"])
     return [
-        recipe.named(f"{stem}-{suffix}" if suffix else stem)
+        recipe.named(f"{stem}/{suffix}" if suffix else stem)
         for recipe, (_, suffix) in zip(recipes, points, strict=True)
     ]
 

@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def compare(recipe: Composed) -> Path:
     """Compare the runs that a composed recipe names; print the table, write the page, return the run folder."""
+    runs = report.expand(recipe.values["runs"], recipe.values["folder"])
+    recipe = recipe.changed(runs=runs, inputs=runs)
     values = recipe.values
     _check_report(values["report"])
     mode = (None if values["mode"] == "auto" else values["mode"]) if values["report"] == "wandb" else "disabled"

@@ -11,6 +11,12 @@ from steerfm.report.estimates import Estimate
 from steerfm.report.rows import Row
 
 NOTHING = "–"
+COST_NAMES = {
+    "network_calls": "network calls",
+    "reward_calls": "reward calls",
+    "reward_gradients": "reward gradients",
+    "seconds": "seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ def quality(comparison: Comparison) -> list[Column]:
     """Return the columns that say what came out."""
     frechet = "Fréchet distance to the reference data, in model space; depends on n"
     equal = "the same with equally many samples in every row, the mean of random draws"
+    divergence = "divergence of the fine-tuned map from its base, in nats of model space, as fine-tuning measured it"
     spread = "mean pairwise distance in model space, and its ratio to the reference data's"
     return [
         Column("n", "samples that the row is made of", lambda row: row.samples, lambda row: f"{row.samples:,}"),
@@ -54,6 +61,7 @@ def quality(comparison: Comparison) -> list[Column]:
         Column("diversity", spread, lambda row: row.diversity, _diversity),
         _plain("Fréchet", frechet, lambda row: row.frechet, number),
         _plain(f"Fréchet, n = {comparison.equal_samples}", equal, lambda row: row.frechet_equal, number),
+        _plain("D", divergence, lambda row: row.divergence, number),
     ]
 
 
@@ -81,11 +89,15 @@ def differences(comparison: Comparison) -> tuple[list[str], list[tuple[str, list
 
 
 def difference_text(pair: Pair | None) -> str:
-    """Return a paired difference such as "+0.331 ± 0.114", with "within noise" where its interval covers zero."""
-    if pair is None:
-        return NOTHING
-    sign = "+" if pair.difference.mean > 0 else ""
-    return f"{sign}{plus_minus(pair.difference)}{', within noise' if pair.within_noise else ''}"
+    """Return a paired difference as text."""
+    return NOTHING if pair is None else change(pair.difference)
+
+
+def change(found: Estimate) -> str:
+    """Return a difference such as "+0.331 ± 0.114", with "(within noise)" where its interval covers zero."""
+    known = found.low is not None
+    said = " (within noise)" if found.covers_zero else ""
+    return f"{'+' if found.mean > 0 else ''}{plus_minus(found)}{said if known else ' (no interval)'}"
 
 
 def is_probability(rows: Sequence[Row], name: str) -> bool:

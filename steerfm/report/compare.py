@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steerfm.errors import RunError, missing_package, nearest
+from steerfm.report.equal import EqualCost, equal_cost
 from steerfm.report.estimates import Estimate, estimate
 from steerfm.report.rows import SMALLEST_EQUAL, Geometry, Row, flat, reference_row, run_row
 from steerfm.report.sources import COSTS, Source, load, load_all, same_tensor
@@ -54,8 +55,9 @@ class Line:
 class Comparison:
     """Hold what was found: a row each, differences to the first run, and what makes the rows hard to compare.
 
-    `x` is the cost that the plots put on their horizontal axis. `equal_samples` is the number of samples at which
-    every row's `frechet_equal` is taken, or None where all have the same number. `lines`: which runs belong together.
+    `x` is the cost that the plots put on their horizontal axis, and at which `equal_cost` compares. `equal_samples` is
+    the number of samples at which every row's `frechet_equal` is taken, or None where all have the same number.
+    `lines`: which runs belong together.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +71,7 @@ class Comparison:
     equal_samples: int | None = None
     root: str = "runs"
     lines: tuple[Line, ...] = ()
+    equal_cost: tuple[EqualCost, ...] = ()
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -142,7 +145,8 @@ def compare(
     rows, equal = _rows(parts)
     return Comparison(
         rows=(*rows, *_reference_rows(sources, geometries)),
-        pairs=tuple(_pairs(sources)),
+        pairs=tuple(pair for source in sources[1:] for pair in differences_of(source, sources[0])),
+        equal_cost=tuple(equal_cost(sources, x)),
         warnings=tuple(warnings),
         prompts=tuple(dict.fromkeys(prompt for source in sources for prompt, _ in source.pairs)),
         held_out=tuple(dict.fromkeys(name for source in sources for name in source.names("held_out"))),
@@ -246,21 +250,18 @@ def _equal_samples(rows: Sequence[Row]) -> int | None:
     return min(counts) if len(counts) > 1 else None
 
 
-def _pairs(sources: Sequence[Source]) -> list[Pair]:
-    """Return how every run differs from the first, on the (prompt, seed) pairs that both have once."""
-    if not sources:
-        return []
-    first, found = sources[0], []
-    for source in sources[1:]:
-        here, there = _places(source), _places(first)
-        common = [pair for pair in here if pair in there]
-        held_out = [f"held_out.{name}" for name in source.names("held_out") if name in first.names("held_out")]
-        for metric in ["reward", *held_out]:
-            mine = source.values(metric)[[here[pair] for pair in common]]
-            theirs = first.values(metric)[[there[pair] for pair in common]]
-            difference = estimate(mine - theirs)
-            if difference is not None:
-                found.append(Pair(source.label, first.label, metric, difference))
+def differences_of(source: Source, first: Source) -> list[Pair]:
+    """Return how a run differs from another, on the (prompt, seed) pairs that both have once."""
+    here, there = _places(source), _places(first)
+    common = [pair for pair in here if pair in there]
+    held_out = [f"held_out.{name}" for name in source.names("held_out") if name in first.names("held_out")]
+    found = []
+    for metric in ["reward", *held_out]:
+        mine = source.values(metric)[[here[pair] for pair in common]]
+        theirs = first.values(metric)[[there[pair] for pair in common]]
+        difference = estimate(mine - theirs, [prompt for prompt, _ in common])
+        if difference is not None:
+            found.append(Pair(source.label, first.label, metric, difference))
     return found
 
 

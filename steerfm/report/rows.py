@@ -27,8 +27,8 @@ class Row:
     distance in model space; diversity_ratio: over that of the reference data. frechet: to the reference data, in
     model space, with `samples` samples; frechet_equal: the same with the comparison's `equal_samples` samples.
     costs: per returned sample; empty for a subset, whose samples cost those that were thrown away too.
-    tuning_seconds: what fine-tuning took, once. For the reference data, frechet is the distance between two
-    random halves.
+    divergence: D of the fine-tuned map from its base, as fine-tuning measured it last. tuning_seconds: what that took,
+    once. For the reference data, frechet is the distance between two random halves.
     """
 
     label: str
@@ -43,6 +43,7 @@ class Row:
     frechet: float | None = None
     frechet_equal: float | None = None
     costs: dict[str, float] = field(default_factory=dict)
+    divergence: float | None = None
     temperature: float | None = None
     tuning_seconds: float | None = None
     note: str = ""
@@ -94,20 +95,22 @@ def run_row(source: Source, geometry: Geometry, chosen: np.ndarray | None = None
     """Return the row of a run, or of the samples of it that the mask `chosen` (N,) picks."""
     mask = np.ones(len(source.rows), dtype=bool) if chosen is None else chosen
     x0 = None if source.x0 is None else source.x0[torch.from_numpy(mask)]
-    held_out = {name: estimate(source.values(f"held_out.{name}")[mask]) for name in source.names("held_out")}
+    prompts = [prompt for (prompt, _), kept in zip(source.pairs, mask, strict=True) if kept]
+    held_out = {name: estimate(source.values(f"held_out.{name}")[mask], prompts) for name in source.names("held_out")}
     spread = diversity(x0)
     return Row(
         label=label or source.label,
         kind="run" if chosen is None else "subset",
         run=str(source.folder),
         samples=int(mask.sum()),
-        reward=estimate(source.values("reward")[mask]),
+        reward=estimate(source.values("reward")[mask], prompts),
         held_out={name: found for name, found in held_out.items() if found},
         shares=_shares(source, mask),
         diversity=spread,
         diversity_ratio=geometry.ratio(spread),
         frechet=geometry.frechet(x0),
         costs=_costs(source) if chosen is None else {},
+        divergence=source.divergence,
         temperature=source.temperature,
         tuning_seconds=source.tuning_seconds,
         note=source.note,
@@ -152,6 +155,7 @@ def flat(row: Row, held_out: list[str]) -> dict[str, Any]:
         "frechet": row.frechet,
         "frechet_equal": row.frechet_equal,
         **{cost: row.costs.get(cost) for cost in COSTS},
+        "divergence": row.divergence,
         "tuning_seconds": row.tuning_seconds,
         "temperature": row.temperature,
         "temperature_nominal": row.nominal,

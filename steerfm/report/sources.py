@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from steerfm.records import StoredSamples
 from steerfm.runs import Run, RunInfo
 
 COSTS = ("network_calls", "reward_calls", "reward_gradients", "seconds")
+DIVERGENCE = "monitor/divergence"  # what modules/reward_fine_tuning.py logs
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Source:
     """Hold one finished run that is compared: what it says of itself, its samples and its reference data.
 
     x0 (N, *dim) and reference (M, *dim) are in model space; pixels are clamped to [-1, 1], as the scored pictures
-    were. Either is None where the run has none. `temperature` and `tuning_seconds` may come from the runs it reads.
+    were. Either is None where the run has none. `temperature`, `tuning_seconds` and `divergence` may come from the runs
+    it reads.
     """
 
     label: str
@@ -39,6 +42,7 @@ class Source:
     reference: Tensor | None
     temperature: float | None
     tuning_seconds: float | None
+    divergence: float | None
 
     @property
     def note(self) -> str:
@@ -97,11 +101,49 @@ def load(path: str | Path, root: str | Path = "runs") -> Source:
         reference=run.read_reference(),
         temperature=_temperature(run, root),
         tuning_seconds=_tuning_seconds(run, root),
+        divergence=_divergence(run, root),
     )
+
+
+def expand(paths: Sequence[str | Path] | str | Path, root: str | Path = "runs") -> list[str]:
+    """Return the runs that are meant: a run as it is; of a folder of runs (a sweep) or a pattern, every run in it.
+
+    Raises RunError for a folder or a pattern without runs, and leaves what is no folder for `load` to name.
+    """
+    found: list[str] = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        found += [name for name in _meant(str(path), Path(root)) if name not in found]
+    return found
+
+
+def _meant(text: str, root: Path) -> list[str]:
+    """Return the runs that one entry means, by name below the root, those of a sweep in natural order."""
+    if any((folder / "run.json").is_file() for folder in (Path(text), root / text)):
+        return [text]
+    if any(character in text for character in "*?["):
+        inside = [path.parent for path in root.glob(f"{text}/run.json")]
+    else:
+        folder = next((folder for folder in (Path(text), root / text) if folder.is_dir()), None)
+        if folder is None:
+            return [text]
+        inside = [path.parent for path in folder.glob("*/run.json")]
+    if not inside:
+        raise RunError(
+            f"No run in {text} (looked below {root}): name runs, a folder of runs, or a pattern such as 'a-*'."
+        )
+    names = [str(path.relative_to(root)) if path.is_relative_to(root) else str(path) for path in inside]
+    return sorted(names, key=_natural)
+
+
+def _natural(text: str) -> list[tuple[bool, float, str]]:
+    """Return a key that sorts numbers inside text by their value."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(part[:1].isdigit(), float(part) if part[:1].isdigit() else 0.0, part) for part in parts]
 
 
 def load_all(paths: Sequence[str | Path], root: str | Path = "runs") -> list[Source]:
     """Read the runs, with labels made different where they are the same."""
+    paths = expand(paths, root)
     if not paths:
         raise RunError("Nothing to compare: name at least one run, such as 'runs=[base,steered]'.")
     sources = [load(path, root) for path in paths]
@@ -164,6 +206,14 @@ def _tuning_seconds(run: Run, root: str | Path) -> float | None:
     """Return how long the fine-tuning behind the run took altogether, or None if there was none."""
     tuning = {c.folder.resolve(): c.info.seconds for c in _chain(run, root) if c.info.command == "finetune"}
     return sum(tuning.values()) if tuning else None
+
+
+def _divergence(run: Run, root: str | Path) -> float | None:
+    """Return the divergence from the base that the fine-tuning behind the run measured last, or None."""
+    for candidate in _chain(run, root):
+        if candidate.info.command == "finetune":
+            return _find_number(candidate.read_metrics(), DIVERGENCE)
+    return None
 
 
 def _find_number(config: Any, key: str) -> float | None:

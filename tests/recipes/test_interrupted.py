@@ -151,7 +151,7 @@ def test_a_sweep_runs_every_point_under_a_name_of_its_own(there: Path):
     assert main([*arguments, "-m"]) == 0
     costs = {}
     for n in (1, 2):
-        first = (there / "runs" / f"swept-n-{n}" / "samples.jsonl").read_text().splitlines()[0]
+        first = (there / "runs" / "swept" / f"n-{n}" / "samples.jsonl").read_text().splitlines()[0]
         costs[n] = json.loads(first)["cost"]["reward_calls"]
     assert costs == {1: 1, 2: 2}
 
