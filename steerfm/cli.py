@@ -20,11 +20,14 @@ EXTRAS = {
     "accelerate": "diffusers",
     "trl": "trl",
     "wandb_workspaces": "report",
+    "pandas": "report",
+    "altair": "report",
     "datasets": "data",
     "fastapi": "serve",
     "uvicorn": "serve",
 }
 FAILED, INTERRUPTED = 2, 130
+EXPORTED = ("png", "pdf", "svg", "tex", "md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "write", "tune a writer of prompts", "steerfm write recipe=prompt_writer model=models/Qwen3-0.6B"
     )
     _add_recipe_command(commands, "compare", "compare runs", "steerfm compare 'runs=[base,steered]' x=network_calls")
+    _add_report(commands)
     _add_reward(commands)
     _add_recipes(commands)
     demo = commands.add_parser("demo", help="run a whole list of recipes, from training to comparison")
@@ -100,6 +104,29 @@ def _add_recipe_command(
     command.add_argument("-m", "--multirun", action="store_true", help="run every combination of KEY=A,B values")
     _add_shared(command)
     return command
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser(
+        "report", help="show a comparison's page, or write it for a paper: steerfm report show base_or_tilting"
+    )
+    actions = report.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="serve the page to this machine's browser")
+    show.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
+    show.add_argument("--no-browser", dest="browser", action="store_false", help="print the address and open nothing")
+    export = actions.add_parser("export", help="write grids and plots as PNG, PDF, SVG, tables as LaTeX and Markdown")
+    export.add_argument("--folder", metavar="DIR", help="where the files go (default: export/RUN)")
+    export.add_argument(
+        "--format", nargs="+", metavar="FORMAT", default=EXPORTED, help=f"some of {' '.join(EXPORTED)} (default: all)"
+    )
+    export.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts in the grid (default: 8)")
+    export.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds in the grid (default: 8)")
+    publish = actions.add_parser("publish", help="send it to W&B as a Report, and print its URL")
+    publish.add_argument("--project", default="", help="the W&B project (default: the one that the comparison names)")
+    publish.add_argument("--entity", default="", help="the W&B user or team (default: your own)")
+    for action in (show, export, publish):
+        action.add_argument("run", metavar="RUN", help="a comparison's run folder, or its name below --root")
+        action.add_argument("--root", default="runs", help="the folder of the runs (default: runs)")
 
 
 def _add_reward(commands: argparse._SubParsersAction) -> None:
