@@ -117,6 +117,31 @@ class Linear(Path):
 
 
 @dataclass(frozen=True)
+class Straight(Path):
+    """alpha = 1 - (1 - end_alpha) t, sigma = end_sigma t: a straight path on which a little data is left at t = 1.
+
+    end_alpha in [0, 1), end_sigma positive. Any diffusion whose last sigma / alpha is finite has this path once its
+    states are scaled, with the determinant end_sigma at all times. Noise at t = 1 is taken as N(0, I), as everyone
+    does.
+    """
+
+    end_alpha: float = 0.0
+    end_sigma: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - (1 - self.end_alpha) * t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.end_sigma * t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.end_alpha - 1)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.end_sigma)
+
+
+@dataclass(frozen=True)
 class Trigonometric(Path):
     """x_t = cos(pi t / 2) x0 + sin(pi t / 2) x1: TrigFlow's path with t scaled to [0, 1]."""
 
