@@ -113,11 +113,19 @@ class FlowMap(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the floating type of the network's first tensor; float32 when it has none."""
+        """Return the floating type of states: a network's `state_dtype`, or its first tensor's, or float32."""
+        stated = declared(self.network, "state_dtype")
+        if stated is not None:
+            return stated
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
                 return tensor.dtype
         return torch.float32
+
+    @property
+    def partial(self) -> bool:
+        """Whether the map knows jumps to data, t = 0, alone, as consistency models do; others raise ConfigError."""
+        return bool(declared(self.network, "partial", False))
 
     def average_velocity(
         self, x: State, s: Times | float, t: Times | float, condition: Condition | None = None
@@ -226,6 +234,54 @@ class FlowMap(nn.Module):
         return cls.load(zoo.folder(name, zoo.MAPS))
 
     @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        kind: Literal["velocity", "partial"] | None = None,
+        size: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        variant: str | None = None,
+        text_length: int | None = None,
+        text_device: str | None = None,
+        tiling: bool = False,
+        slicing: bool = False,
+        checkpointing: bool = False,
+    ) -> FlowMap:
+        """Load a pipeline in diffusers' layout, by folder or hub id, or a map that steerfm saved; docs/pretrained.md.
+
+        kind: "velocity", or "partial" for models that know jumps to data alone; None reads it off the scheduler.
+        size: of pictures, one number or (height, width). guidance_scale: the pipeline's own by default, 1 is none, and
+        models that learnt guidance are told it. negative_prompt: the null condition. dtype: of its weights, by name.
+        revision: on the hub; the commit that was found is kept. variant: of the weights, such as "fp16". text_length:
+        the most tokens of a long prompt; text_device: where prompts are read. tiling, slicing: of decoding;
+        checkpointing: of the network's backward pass. No pickle is read and no code that comes with a model is run.
+        Raises CheckpointError for missing, gated or damaged files, ConfigError for a pipeline that is not known.
+        """
+        from steerfm.backbones.diffusers import is_saved_map, load_pipeline
+        from steerfm.backbones.pipeline_files import PipelineFiles
+
+        source = os.fspath(source)
+        if is_saved_map(source):
+            return cls.load(source)
+        return load_pipeline(
+            cls,
+            PipelineFiles(source, revision, variant, dtype),
+            kind=kind,
+            size=size,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+            text_device=text_device,
+            tiling=tiling,
+            slicing=slicing,
+            checkpointing=checkpointing,
+        )
+
+    @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -241,6 +297,16 @@ class FlowMap(nn.Module):
         is not trusted. Raises CheckpointError for missing or damaged files, TrustError for untrusted code.
         """
         return load_flow_map(cls, FilePath(path), weights=weights, network=network, trusted=trusted)
+
+
+def declared(network: nn.Module, name: str, default: Any = None) -> Any:
+    """Return an attribute of a network, or else of the one that it is wrapped around, as by LoRA or torch.compile."""
+    inner: Any = network
+    while isinstance(inner, nn.Module):
+        if hasattr(inner, name):
+            return getattr(inner, name)
+        inner = getattr(inner, "_orig_mod", getattr(inner, "network", None))
+    return default
 
 
 def as_times(t: Any, x: Tensor) -> Times:

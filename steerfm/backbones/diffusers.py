@@ -1,0 +1,95 @@
+"""Pretrained models of diffusers as flow maps: `FlowMap.from_pretrained`.
+
+Four kinds, told apart by the pipeline's own files: rectified flows as velocities, consistency models and one-step
+distilled models as partial maps, U-Nets that predict noise or v through `steerfm.backbones.conversions`, and maps that
+steerfm saved. A map so loaded samples, steers and is fine-tuned as any other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from steerfm.backbones.conversions import Kind, grid_of
+from steerfm.backbones.families import family_of, usual_guidance
+from steerfm.backbones.pipeline_codec import PipelineCodec
+from steerfm.backbones.pipeline_files import PipelineFiles, library
+from steerfm.backbones.pipeline_network import PipelineNetwork
+from steerfm.backbones.pipeline_prompts import PipelinePrompts
+from steerfm.errors import ConfigError
+from steerfm.flow_map import FlowMap, declared
+
+log = logging.getLogger(__name__)
+
+
+def load_pipeline(
+    cls: type[FlowMap],
+    files: PipelineFiles,
+    *,
+    kind: Kind | None = None,
+    size: int | Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    text_length: int | None = None,
+    text_device: str | None = None,
+    tiling: bool = False,
+    slicing: bool = False,
+    checkpointing: bool = False,
+) -> FlowMap:
+    """Return a pipeline as a flow map; see `FlowMap.from_pretrained`."""
+    files = files.pinned()
+    index = files.index()
+    family = family_of(index)
+    texts = [name for name in family.texts if name not in family.optional or files.has(name)]
+    files.check(("scheduler", family.network, "vae", *texts, *(family.texts[name] for name in texts)))
+    network = PipelineNetwork(files, kind, size, checkpointing)
+    if guidance_scale is None:
+        guided = network.guidance_input or (family.free and not network.partial)
+        guidance_scale = usual_guidance(getattr(library("diffusers"), index["_class_name"])) if guided else 1.0
+    flow_map = cls(
+        network,
+        path=network.conversion.path,
+        conditioner=PipelinePrompts(files, negative_prompt, text_length, text_device),
+        codec=PipelineCodec(files, tiling, slicing),
+        guidance_scale=guidance_scale,
+    )
+    what = "partial map, which knows jumps to data alone" if network.partial else "velocity"
+    shape = " x ".join(str(side) for side in network.size)
+    log.info("Loaded %s as a %s, with guidance %g, for pictures of %s", files.source, what, guidance_scale, shape)
+    return flow_map.eval()
+
+
+def scheduler_times(flow_map: FlowMap, steps: int, **options: Any) -> list[float]:
+    """Return the times, falling from noise to 0, at which a pretrained map's own pipeline takes so many steps.
+
+    options: of the scheduler's set_timesteps, such as original_inference_steps. As `steps` of `Unsteered` they give
+    what the pipeline gives. Raises ConfigError for a map that is no pipeline's.
+    """
+    scheduler, conversion = declared(flow_map.network, "scheduler"), declared(flow_map.network, "conversion")
+    if scheduler is None or conversion is None:
+        raise ConfigError("Only maps of FlowMap.from_pretrained have a scheduler: give the times yourself.")
+    return grid_of(scheduler, conversion, steps, **{**_shifted(flow_map, scheduler, steps), **options})
+
+
+def _shifted(flow_map: FlowMap, scheduler: Any, steps: int) -> dict[str, Any]:
+    """Return what pipelines tell a flow's scheduler besides the number of steps."""
+    config, shape = scheduler.config, flow_map.data_shape
+    family = declared(flow_map.network, "family")
+    options: dict[str, Any] = {}
+    if family.packed:  # FLUX's sigmas fall in equal steps from 1, and are then shifted
+        options["sigmas"] = [1 - i / steps for i in range(steps)]
+    if config.get("use_dynamic_shifting"):
+        patch = 2 if family.packed else int(declared(flow_map.network, "model").config.patch_size)
+        tokens = (shape[1] // patch) * (shape[2] // patch)
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        options["mu"] = low + (high - low) * (tokens - few) / (many - few)  # a line in the number of tokens
+    return options
+
+
+def is_saved_map(source: str) -> bool:
+    """Whether a folder, a run or a file is a map that steerfm saved."""
+    path = Path(source)
+    return path.is_file() or any((path / name / "flow_map.json").is_file() for name in (".", "map"))

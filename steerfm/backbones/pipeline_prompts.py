@@ -1,0 +1,124 @@
+"""The text encoders of a pretrained pipeline as the conditioner of a flow map."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.backbones.families import family_of
+from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, library
+from steerfm.building import remembered
+from steerfm.types import Condition
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**28  # of what recent prompts were read as
+
+
+@remembered
+class PipelinePrompts(nn.Module):
+    """Turn prompts into what a pipeline's network is told: "embedding", and "pooled" or "embedding_mask" beside it.
+
+    negative_prompt: stands for the null condition; None is the pipeline's own, the empty prompt or zeros. length: the
+    most tokens of a long prompt, the pipeline's own where nothing is said. device: where the encoders work; None is
+    where the map is.
+
+    As those of `FrozenText`, the encoders are loaded when the first prompt is read and are no part of the map, every
+    prompt is read by itself, and recent ones are kept, on the CPU; `release` lets go of the encoders.
+    """
+
+    def __init__(
+        self,
+        files: PipelineFiles,
+        negative_prompt: str | None = None,
+        length: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.negative_prompt, self.device = negative_prompt, device
+        self._reader = _Reader(files, length)
+        self.place: Tensor  # follows the map to its device
+        self.register_buffer("place", torch.zeros((), dtype=torch.uint8), persistent=False)
+
+    def forward(self, prompts: Sequence[str]) -> Condition:
+        """Return the condition of B prompts. Raises CheckpointError where the encoders cannot be loaded."""
+        return self._condition([(prompt, False, False) for prompt in prompts])
+
+    def null(self, n: int) -> Condition:
+        """Return the null condition for n samples: the negative prompt."""
+        one = self._condition([(self.negative_prompt or "", True, self.negative_prompt is None)])
+        return one.repeat_interleave(n)
+
+    def release(self) -> None:
+        """Let go of the encoders and their memory; a prompt that is not among the recent ones loads them again."""
+        self._reader.pipeline = None
+
+    def _condition(self, asked: Sequence[tuple[str, bool, bool]]) -> Condition:
+        device = self.place.device if self.device is None else torch.device(self.device)
+        read = [self._reader.read(each, device) for each in asked]
+        return Condition({name: torch.cat([each[name] for each in read]) for name in read[0]})
+
+
+class _Reader:
+    """Hold the encoders outside the module tree, and what they made of recent prompts; copies of a map share it."""
+
+    def __init__(self, files: PipelineFiles, length: int | None) -> None:
+        self.files, self.length = files, length
+        self.recent: OrderedDict[tuple[str, bool, bool], dict[str, Tensor]] = OrderedDict()
+        self.bytes = 0
+        self.pipeline: Any = None
+
+    def __deepcopy__(self, memo: Any) -> _Reader:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Reader, (self.files, self.length)  # another process loads the encoders itself
+
+    def read(self, asked: tuple[str, bool, bool], device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors (1, ...) of (prompt, negative, unsaid) on the CPU."""
+        if asked in self.recent:
+            self.recent.move_to_end(asked)
+            return self.recent[asked]
+        prompt, negative, unsaid = asked
+        index = self.files.index()
+        family = family_of(index)
+        pipeline = self._loaded(index, device)
+        options = {"length": self.length, "negative": negative, "unsaid": unsaid}
+        # What is kept must serve training too, so it may be neither an inference tensor nor rounded by autocast.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            tensors = {name: found.cpu().clone() for name, found in family.read(pipeline, prompt, options).items()}
+        self._keep(asked, tensors)
+        return tensors
+
+    def _loaded(self, index: dict[str, Any], device: torch.device) -> Any:
+        """Return the pipeline with its encoders alone, on a device."""
+        family = family_of(index)
+        if self.pipeline is None:
+            kind = getattr(library("diffusers"), index["_class_name"])
+            parts: dict[str, Any] = {name: None for name, kept in index.items() if isinstance(kept, list)}
+            for encoder, tokenizer in family.texts.items():
+                if encoder in family.optional and not self.files.has(encoder):
+                    continue
+                parts |= {encoder: self.files.part(encoder), tokenizer: self.files.part(tokenizer)}
+                check_tokenizer(parts[tokenizer], parts[encoder], self.files.source)
+            named = {name: kept for name, kept in index.items() if not name.startswith("_") and name not in parts}
+            pipeline = kind(**{**parts, **named, "scheduler": self.files.part("scheduler")})
+            if set(family.optional) - parts.keys() or any(parts.get(name) is None for name in family.optional):
+                pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.files.config(family.network)))
+            self.pipeline = pipeline
+        for encoder in family.texts:
+            if getattr(self.pipeline, encoder, None) is not None:
+                getattr(self.pipeline, encoder).to(device)
+        return self.pipeline
+
+    def _keep(self, asked: tuple[str, bool, bool], tensors: dict[str, Tensor]) -> None:
+        self.recent[asked] = tensors
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        while self.bytes > CACHE_BYTES and len(self.recent) > 1:
+            self.bytes -= sum(tensor.nbytes for tensor in self.recent.popitem(last=False)[1].values())
