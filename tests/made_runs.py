@@ -82,3 +82,13 @@ def make_run(root: Path, label: str, *, name: str = "", reference: bool = True, 
 def make_runs(root: Path, **options) -> list[Path]:
     """Make a run folder for every method and return the folders."""
     return [make_run(root, label, **options).folder for label in METHODS]
+
+
+def points_run(root: Path, name: str, **fields) -> Path:
+    """Make a finished run of two-dimensional points, which have no pictures and no reward."""
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(len(name)))
+    defaults = {"x0": x, "images": x, "prompts": [""] * 64, "seeds": list(range(64)), "cost": Cost(4)}
+    with Run.start(name, command="sample", config={"name": name}, recipe="points", root=root) as run:
+        run.write_samples(Samples(**{**defaults, **fields}))
+        run.write_reference(torch.randn(500, 2, generator=torch.Generator().manual_seed(9)))
+    return run.folder

@@ -1,210 +1,196 @@
-"""Plots as plain geometry: where the points, error bars and ticks of a chart lie; the page's template draws them."""
+"""What is plotted, as Vega-Lite specifications: for the page, for notebooks, and to be drawn as files."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from steerfm.report.columns import compact, interval, is_probability, number
+from steerfm.report.columns import COST_NAMES, is_probability
 from steerfm.report.compare import Comparison
+from steerfm.report.encodings import (
+    COLOURS,
+    SCHEMA,
+    Axis,
+    Specification,
+    bars,
+    cost_axis,
+    dots,
+    held_out_axis,
+    mark_style,
+    point,
+    quantitative,
+    theme,
+    with_legend,
+)
 from steerfm.report.estimates import Estimate
+from steerfm.report.lines import lines
 from steerfm.report.rows import Row
 
-WIDTH, HEIGHT = 480, 340  # of a chart's drawing area, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 14, 52  # margins
-PANEL = 150  # the side of one scatter plot
-STYLES = 8  # different colours, and different marks
+WIDTH, HEIGHT = 400, 280  # of a chart's drawing area, in pixels
+SQUARE = 170  # the side of one scatter plot
 MOST_POINTS = 600  # of one scatter plot
-
-COST_TITLES = {
-    "network_calls": "network calls per sample",
-    "reward_calls": "reward calls per sample",
-    "reward_gradients": "reward gradients per sample",
-    "seconds": "seconds per sample",
-}
-# marks of about one area around (0, 0), told apart without colour
-MARKS = (
-    "M6 0A6 6 0 1 1 -6 0A6 6 0 1 1 6 0Z",
-    "M-5.3 -5.3H5.3V5.3H-5.3Z",
-    "M0 -7L6.6 5H-6.6Z",
-    "M0 -7.4L7.4 0L0 7.4L-7.4 0Z",
-    "M0 7L6.6 -5H-6.6Z",
-    "M-2.3 -6.8H2.3V-2.3H6.8V2.3H2.3V6.8H-2.3V2.3H-6.8V-2.3H-2.3Z",
-    "M0 -7L6.7 -2.2L4.1 5.7H-4.1L-6.7 -2.2Z",
-    "M0 -8L2 -2.7L7.6 -2.5L3.2 1L4.7 6.5L0 3.3L-4.7 6.5L-3.2 1L-7.6 -2.5L-2 -2.7Z",
-)
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Hold a tick's place in SVG units and its text."""
-
-    place: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Hold one run's mark in a chart: its place and error bars in SVG units, its style, and what it says."""
-
-    style: int
-    x: float
-    y: float
-    across: tuple[float, float] | None
-    upright: tuple[float, float] | None
-    text: str
+HIDDEN = "hidden"  # the parameter that holds the labels of runs that are switched off
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold a chart that is ready to be drawn."""
+    """Hold a chart: its title, a note for the reader, what it says in words, and its specification."""
 
     title: str
-    x_title: str
-    y_title: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    marks: list[Mark]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Map values to SVG units between `start` and `end`, linearly or by logarithm."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    logarithmic: bool = False
-
-    def place(self, value: float) -> float:
-        """Return where a value lies, rounded to a tenth."""
-        low, high, value = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, value))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
-
-    def ticks(self) -> list[Tick]:
-        """Return a few ticks at round values inside the axis."""
-        values = log_ticks(self.low, self.high) if self.logarithmic else round_ticks(self.low, self.high)
-        return [Tick(self.place(value), compact(value)) for value in values]
-
-
-def mark_style(index: int) -> int:
-    """Return which colour the index-th run has."""
-    return index % STYLES
-
-
-def mark_path(index: int) -> str:
-    """Return the outline of the index-th run's mark; colour and mark together stay unique far beyond eight runs."""
-    return MARKS[(index + index // STYLES) % STYLES]
+    note: str
+    text: str
+    specification: Specification
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """Return reward against cost, then each held-out value against reward; those without a point are left out."""
+    """Return reward against cost, held-out values, diversity and divergence; those without two runs are left out."""
     rows = [row for row in comparison.rows if row.kind == "run"]
-    found = [reward_chart(rows, comparison.x), *(held_out_chart(rows, name) for name in comparison.held_out)]
-    return [chart for chart in found if chart.marks]
+    return [chart for axis in axes(comparison) if (chart := _pareto(rows, axis)) is not None]
 
 
-def reward_chart(rows: Sequence[Row], cost: str) -> Chart:
-    """Return the chart of reward against a cost; the cost's axis is logarithmic unless one of them is zero."""
-    known = [(i, row, row.reward, row.costs[cost]) for i, row in enumerate(rows) if row.reward and cost in row.costs]
-    x = _cost_axis([place for *_, place in known])
-    y = _axis([found for _, _, found, _ in known], HEIGHT - BOTTOM, TOP)
-    marks = [
-        Mark(
-            i, x.place(place), y.place(found.mean), None, _bar(found, y),
-            f"{row.label}: reward {number(found.mean)} at {compact(place)} {COST_TITLES[cost]}; {interval(found)}",
-        )
-        for i, row, found, place in known
-    ]  # fmt: skip
-    tuned = any(row.tuning_seconds for row in rows)
-    return Chart(
-        title="Reward against cost",
-        x_title=COST_TITLES[cost] + (", log scale" if x.logarithmic else ""),
-        y_title="reward, mean",
-        x_ticks=x.ticks(),
-        y_ticks=y.ticks(),
-        marks=marks,
-        note="Fine-tuning itself is paid once and not part of this cost; the table has it." if tuned else "",
-    )
+def axes(comparison: Comparison) -> list[Axis]:
+    """Return what the reward is plotted against."""
+    rows = [row for row in comparison.rows if row.kind == "run"]
+    cost = comparison.x
+    costs = [row.costs[cost] for row in rows if cost in row.costs]
+    ratio = any(row.diversity_ratio is not None for row in rows)
+    spread = "diversity, share of the real data's" if ratio else "diversity, mean pairwise distance"
+    paid = "Fine-tuning itself is paid once and not part of this cost; the table has it."
+    note = paid if any(row.tuning_seconds for row in rows) else ""
+    return [
+        Axis(
+            f"{COST_NAMES[cost]} per sample",
+            lambda row: row.costs.get(cost),
+            True,
+            min(costs, default=0) > 0,
+            note=note,
+        ),
+        *(held_out_axis(name, is_probability(rows, name)) for name in comparison.held_out),
+        Axis(spread, lambda row: row.diversity_ratio if ratio else row.diversity),
+        Axis("divergence D from the base, nats", lambda row: row.divergence, less_is_better=True),
+    ]
 
 
-def held_out_chart(rows: Sequence[Row], name: str) -> Chart:
-    """Return the chart of a held-out value against reward: where it falls while reward rises, the reward is hacked."""
-    known = [(i, r, r.reward, r.held_out[name]) for i, r in enumerate(rows) if r.reward and name in r.held_out]
-    x = _axis([reward for _, _, reward, _ in known], LEFT, WIDTH - RIGHT)
-    y = _axis(
-        [judged for *_, judged in known], HEIGHT - BOTTOM, TOP, (0.0, 1.0) if is_probability(rows, name) else None
-    )
-    marks = [
-        Mark(
-            i, x.place(reward.mean), y.place(judged.mean), _bar(reward, x), _bar(judged, y),
-            f"{row.label}: {name} {number(judged.mean)}, {interval(judged)}; reward {number(reward.mean)}",
-        )
-        for i, row, reward, judged in known
-    ]  # fmt: skip
-    return Chart(
-        title=f"{name}, held out, against reward",
-        x_title="reward, mean",
-        y_title=f"{name}, mean",
-        x_ticks=x.ticks(),
-        y_ticks=y.ticks(),
-        marks=marks,
-        note="Reward that rises while the held-out value falls is being hacked.",
-    )
+def specification(comparison: Comparison, columns: int = 2) -> Specification:
+    """Return all charts, or the lines where there are any, as one Vega-Lite specification with its colours."""
+    if comparison.lines:
+        return lines(comparison)
+    legend = {
+        "orient": "bottom",
+        "columns": columns,
+        "title": None,
+        "labelLimit": 320,
+        "symbolSize": 90,
+        "symbolOpacity": 1,
+    }
+    views = []
+    for chart in charts(comparison):
+        view = {key: value for key, value in chart.specification.items() if key not in ("$schema", "params")}
+        views.append({"title": chart.title, **with_legend(view, legend)})
+    return {
+        "$schema": SCHEMA,
+        "params": [_hidden()],
+        "concat": views,
+        "columns": columns,
+        "spacing": 28,
+        "config": {**theme(dark=False), "background": "#ffffff"},
+        "resolve": {"scale": {"color": "shared", "shape": "shared", "x": "independent"}},
+    }
 
 
-def scatter(x0: Tensor, low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float]]:
-    """Return the first points (N, 2) as places in a square of side `PANEL`, y upward; those outside are left out."""
+def scatter(
+    x0: Tensor | None, reference: Tensor | None, low: Sequence[float], high: Sequence[float], index: int
+) -> Specification:
+    """Return a scatter plot of the first points (N, 2) over the reference's, in the index-th run's colour."""
     side = max(high[0] - low[0], high[1] - low[1]) or 1.0
-    unit = [((x - low[0]) / side, 1 - (y - low[1]) / side) for x, y in x0[:MOST_POINTS].tolist()]
-    return [(round(x * PANEL, 1), round(y * PANEL, 1)) for x, y in unit if 0 <= x <= 1 and 0 <= y <= 1]
+    found = [
+        {"x": round(x, 4), "y": round(y, 4), "ours": ours}
+        for ours, points in ((False, reference), (True, x0))
+        for x, y in (points[:MOST_POINTS].tolist() if points is not None else ())
+        if 0 <= x - low[0] <= side and 0 <= y - low[1] <= side
+    ]
+    places = {name: {"domain": [start, start + side]} for name, start in zip("xy", low, strict=True)}
+    return {
+        "$schema": SCHEMA,
+        "width": SQUARE,
+        "height": SQUARE,
+        "data": {"values": found},
+        "mark": {"type": "circle", "size": 6, "opacity": 0.7},
+        "encoding": {
+            **{name: quantitative(name, {"axis": None, "scale": scale}) for name, scale in places.items()},
+            "color": {
+                "field": "ours",
+                "type": "nominal",
+                "legend": None,
+                "scale": {"domain": [False, True], "range": ["#8a9099", COLOURS[False][mark_style(index)]]},
+            },
+        },
+    }
 
 
-def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten between low and high, about so many."""
-    power = 10.0 ** math.floor(math.log10((high - low) / about))
-    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda size: abs((high - low) / size - about))
-    first = math.ceil(low / step - 1e-9)
-    count = math.floor(high / step + 1e-9) - first + 1
-    return [float(f"{(first + i) * step:.12g}") for i in range(count)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten between low and high, with 2 and 5 times them (or more) where there are few."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
-        found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
-        if len(found) >= 3:
-            return found
-    return round_ticks(low, high)
-
-
-def _cost_axis(values: Sequence[float]) -> Axis:
-    """Return the axis of a cost, with some room on both sides."""
-    if not values:
-        return Axis(0, 1, LEFT, WIDTH - RIGHT)
-    low, high = min(values), max(values)
-    if low > 0:
-        room = max((high / low) ** 0.07, 1.25)
-        return Axis(low / room, high * room, LEFT, WIDTH - RIGHT, logarithmic=True)
-    return Axis(-0.05 * (high or 1), 1.05 * (high or 1), LEFT, WIDTH - RIGHT)
-
-
-def _axis(found: Sequence[Estimate], start: float, end: float, bounds: tuple[float, float] | None = None) -> Axis:
-    """Return a linear axis that holds means and intervals with some room, or just the bounds."""
-    values = [v for e in found for v in (e.mean, e.low, e.high) if v is not None] or [0.0, 1.0]
-    low, high = bounds or (min(values), max(values))
-    room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
-    return Axis(low - room * (0.4 if bounds else 1), high + room * (0.4 if bounds else 1), start, end)
-
-
-def _bar(found: Estimate, axis: Axis) -> tuple[float, float] | None:
-    """Return the ends of an error bar."""
-    if found.low is None or found.high is None:
+def _pareto(rows: Sequence[Row], axis: Axis) -> Chart | None:
+    """Return the chart of reward against an axis, with the runs that no other beats in both joined by a step."""
+    known = [(row, row.reward, x) for row in rows if row.reward is not None and (x := axis.get(row)) is not None]
+    if len(known) < 2:
         return None
-    return axis.place(found.low), axis.place(found.high)
+    values = [point(row.label, reward, x) for row, reward, x in known]
+    places, labels = [each["x"] for each in values], [row.label for row in rows]
+    across = cost_axis(axis.title, places) if axis.logarithmic else _value_axis(axis.title, axis.bounds)
+    upright = {**_value_axis("reward, mean"), "axis": {"tickCount": 6}}
+    layers = [bars("y", "x", across, upright, labels)]
+    if any(isinstance(x, Estimate) for *_, x in known):
+        layers.append(bars("x", "y", across, upright, labels))
+    if min(places) < max(places):
+        layers.insert(0, _frontier(axis.less_is_better, across, upright))
+    return Chart(
+        title=f"Reward against {axis.title.removesuffix(' per sample').split(',')[0]}",
+        note=axis.note,
+        text=" ".join(f"{each['run']}: reward {each['reward']}, {axis.title} {each['value']}." for each in values),
+        specification={
+            "$schema": SCHEMA,
+            "width": WIDTH,
+            "height": HEIGHT,
+            "params": [_hidden()],
+            "data": {"values": values},
+            "transform": [{"filter": f"indexof({HIDDEN}, datum.run) < 0"}],
+            "layer": [
+                *layers,
+                dots(across, upright, labels, [("run", "run"), ("reward", "reward"), ("value", axis.title)]),
+            ],
+        },
+    )
+
+
+def _value_axis(title: str, bounds: tuple[float, float] | None = None) -> Specification:
+    """Return an axis of means, with room for their marks."""
+    scale = {"zero": False, "nice": False, "padding": 16} | ({"domain": list(bounds)} if bounds else {})
+    return {"title": title, "scale": scale}
+
+
+def _hidden() -> Specification:
+    return {"name": HIDDEN, "value": []}
+
+
+def _frontier(less_is_better: bool, x: Specification, y: Specification) -> Specification:
+    """Return the step through the runs that are best in reward among all that are as good on the axis."""
+    order = "ascending" if less_is_better else "descending"
+    return {
+        "transform": [
+            {
+                "window": [{"op": "max", "field": "y", "as": "best"}],
+                "sort": [{"field": "x", "order": order}, {"field": "y", "order": "descending"}],
+                "frame": [None, 0],
+            },
+            {"filter": "datum.y >= datum.best"},
+        ],
+        "mark": {
+            "type": "line",
+            "interpolate": "step-after" if less_is_better else "step-before",
+            "strokeDash": [3, 3],
+            "strokeWidth": 1.2,
+            "style": "frontier",
+        },
+        "encoding": {"x": quantitative("x", x), "y": quantitative("y", y), "order": {"field": "x"}},
+    }

@@ -20,9 +20,9 @@ def conclusions(comparison: Comparison) -> list[str]:
     found = []
     for source in comparison.sources[1:]:
         changes = {pair.metric: pair.difference for pair in comparison.pairs if pair.label == source.label}
-        if changes:
-            found.append(_gain(rows[source.label], rows[comparison.sources[0].label], changes, comparison.x))
-        found += [_at_equal_cost(each, comparison.x) for each in comparison.equal_cost if each.label == source.label]
+        said = [_gain(rows[source.label], rows[comparison.sources[0].label], changes, comparison.x)] if changes else []
+        said += [_at_equal_cost(each, comparison.x) for each in comparison.equal_cost if each.label == source.label]
+        found += [" ".join(said)] if said else []
     return [*found, *(said for name in comparison.held_out for said in _leader(comparison, rows, name))]
 
 
@@ -63,9 +63,9 @@ def _price(row: Row, first: Row, cost: str) -> str:
 def _at_equal_cost(found: EqualCost, cost: str) -> str:
     best = f"the best of {found.n:,} samples of {found.against}"
     if not found.differences:
-        return f"{found.label} costs as much as {best}, which cannot be told from these runs: {found.note}."
+        return f"What {best}, at equal {COST_NAMES[cost]}, would give cannot be told: {found.note}."
     figures = ", ".join(f"{_short(name)} {change(each)}" for name, each in found.differences.items())
-    return f"{found.label} against {best}, at equal {COST_NAMES[cost]}: {figures}."
+    return f"Against {best}, at equal {COST_NAMES[cost]}: {figures}."
 
 
 def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[str]:

@@ -1,63 +1,44 @@
-"""A comparison as one HTML file that asks nothing of any network: tables, plots, pictures, recipes."""
+"""A comparison as one HTML file that loads nothing from elsewhere; every text in it is escaped."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass
+import json
 from functools import cache
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import torch
+import vl_convert
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from steerfm.report import charts
-from steerfm.report.columns import Column, columns, difference_text, differences, interval, number
+from steerfm.report import charts, encodings
+from steerfm.report.columns import Column, columns, difference_text, differences, interval
 from steerfm.report.compare import Comparison
-from steerfm.report.curves import curves, described
-from steerfm.report.pictures import chosen_pairs, data_uri, is_tiny, read_picture, rows_by_pair
+from steerfm.report.conclusions import conclusions, meaning
+from steerfm.report.lines import described, lines
 from steerfm.report.rows import Row
-from steerfm.report.sources import Source
+from steerfm.report.settings import different_settings
+from steerfm.report.viewer import gallery
 
 POINT_QUANTILES = (0.005, 0.995)  # what a scatter plot shows, so that one stray point does not shrink the rest
-
-
-@dataclass(frozen=True)
-class Shot:
-    """Hold one picture of a strip: its data URI ("" where there is none), alternative text and caption."""
-
-    uri: str
-    alt: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Hold one run's pictures for one prompt, in the order of the seeds."""
-
-    index: int
-    label: str
-    shots: list[Shot]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Hold the strips of all runs for one prompt."""
-
-    prompt: str
-    seeds: list[int]
-    strips: list[Strip]
+SCRIPTS = ("sort.js", "theme.js", "viewer.js", "charts.js")
 
 
 def page(comparison: Comparison, title: str = "") -> str:
     """Return the page. Prompts, labels and everything else read from runs are escaped; no script but ours can run."""
-    style, script = _asset("style.css"), _asset("sort.js")
-    galleries, tiny = _galleries(comparison)
+    style, script = _asset("style.css"), "\n".join(_asset(name) for name in SCRIPTS)
+    plots = [] if comparison.lines else charts.charts(comparison)
+    scatters = _scatters(comparison)
+    drawn = {f"chart-{i}": {**plot.specification, "width": "container"} for i, plot in enumerate(plots)}
+    drawn |= {"lines": lines(comparison)} if comparison.lines else {}
+    drawn |= {f"points-{i}": found for i, (_, _, found) in enumerate(scatters)}
+    samples = gallery(comparison)
+    vega = _vega() if drawn else ""
     count = len(comparison.sources)
     return (
         _environment()
@@ -66,21 +47,42 @@ def page(comparison: Comparison, title: str = "") -> str:
             title=title or f"Comparison of {count} {_plural(count, 'run')}",
             summary=_summary(comparison),
             comparison=comparison,
+            conclusions=conclusions(comparison),
+            meaning=meaning(comparison),
             **_tables(comparison),
-            charts=[] if comparison.lines else charts.charts(comparison),
-            curves=_curves(comparison),
-            scatters=_scatters(comparison),
-            geometry=charts,
-            galleries=galleries,
-            tiny=tiny,
+            charts=plots,
+            lines_text=described(comparison.lines),
+            scatters=scatters,
+            samples=samples,
+            samples_data=_data(samples) if samples else "",
+            charts_data=_data({"charts": drawn, "light": encodings.theme(False), "dark": encodings.theme(True)}),
+            settings=different_settings(comparison.sources),
             recipes=[(source, _yaml(source.config)) for source in comparison.sources],
             interval=interval,
-            style=Markup(style),  # both files are ours
+            style=Markup(style),  # these files are ours, or Vega's
             script=Markup(script),
+            vega=Markup(vega),
             style_hash=_csp_hash(style),
-            script_hash=_csp_hash(script),
+            script_hashes=[_csp_hash(text) for text in (script, vega) if text],
         )
     )
+
+
+@cache
+def _vega() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, with the function that draws a chart without eval."""
+    bundle = vl_convert.javascript_bundle(_asset("embed.js"), vl_version=encodings.VERSION)
+    if "</script" in bundle.lower():
+        raise ValueError("Vega's bundle holds '</script', which would end the script that holds it.")
+    return bundle
+
+
+def _data(value: Any) -> Markup:
+    """Return JSON that may stand inside a script element: no text in it can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
 
 
 def _tables(comparison: Comparison) -> dict[str, Any]:
@@ -99,14 +101,6 @@ def _tables(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _curves(comparison: Comparison) -> Shot | None:
-    """Return the picture of the lines, where there are any."""
-    if not comparison.lines:
-        return None
-    uri = f"data:image/png;base64,{base64.b64encode(curves(comparison)).decode('ascii')}"
-    return Shot(uri, described(comparison.lines), "")
-
-
 def _yaml(config: dict[str, Any]) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
@@ -120,8 +114,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["mark"] = charts.mark_path
-    environment.filters["colour"] = charts.mark_style
+    environment.filters["mark"] = encodings.mark_path
+    environment.filters["colour"] = encodings.mark_style
     return environment
 
 
@@ -167,36 +161,10 @@ def _cells(row: Row, shown: list[Column]) -> list[dict[str, Any]]:
     return cells
 
 
-def _galleries(comparison: Comparison) -> tuple[list[Gallery], bool]:
-    """Return the pictures prompt by prompt, and whether they are tiny; none where no run has a picture."""
-    places = [rows_by_pair(source) for source in comparison.sources]
-    galleries, seen = [], []
-    for prompt, seeds in chosen_pairs(comparison).items():
-        strips = []
-        for i, source in enumerate(comparison.sources):
-            shots = []
-            for seed in seeds:
-                place = places[i].get((prompt, seed))
-                pixels = None if place is None else read_picture(source.samples.picture(place))
-                seen += [] if pixels is None else [pixels]
-                shots.append(_shot(source, prompt, seed, place, pixels))
-            strips.append(Strip(i, source.label, shots))
-        galleries.append(Gallery(prompt, seeds, strips))
-    return (galleries, is_tiny(seen)) if seen else ([], False)
-
-
-def _shot(source: Source, prompt: str, seed: int, place: int | None, pixels: np.ndarray | None) -> Shot:
-    """Return one picture with its words."""
-    reward = None if place is None else source.rows[place].get("reward")
-    scored = "" if reward is None else f", reward {number(reward)}"
-    alt = f"{source.label}, “{prompt}”, seed {seed}{scored}"
-    return Shot(data_uri(pixels) if pixels is not None else "", alt, "" if reward is None else number(reward))
-
-
-def _scatters(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a scatter plot for every run of two-dimensional points, over the reference's points; else nothing."""
-    flat = [source for source in comparison.sources if _is_planar(source.x0)]
-    every = [x for source in flat for x in (source.x0, source.reference) if x is not None and _is_planar(x)]
+def _scatters(comparison: Comparison) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return (index, label, plot) of every run of two-dimensional points, over the reference's points; else nothing."""
+    flat = [(i, source) for i, source in enumerate(comparison.sources) if _is_planar(source.x0)]
+    every = [x for _, source in flat for x in (source.x0, source.reference) if x is not None and _is_planar(x)]
     if not every:
         return []
     together = torch.cat(every)
@@ -204,15 +172,7 @@ def _scatters(comparison: Comparison) -> list[dict[str, Any]]:
     low, high = (together.quantile(q, dim=0).tolist() for q in POINT_QUANTILES)
     room = 0.06 * max(top - bottom for top, bottom in zip(high, low, strict=True))
     low, high = [v - room for v in low], [v + room for v in high]
-    return [
-        {
-            "index": comparison.sources.index(source),
-            "label": source.label,
-            "points": charts.scatter(source.x0, low, high) if source.x0 is not None else [],
-            "reference": charts.scatter(source.reference, low, high) if source.reference is not None else [],
-        }
-        for source in flat
-    ]
+    return [(i, source.label, charts.scatter(source.x0, source.reference, low, high, i)) for i, source in flat]
 
 
 def _is_planar(x: Tensor | None) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image
 from steerfm.report.compare import Comparison
 from steerfm.report.sources import Source
 
-LARGEST_SIDE = 256  # of a picture on the page; larger ones are made smaller
 TINY_SIDE = 64  # pictures up to this size are enlarged with their pixels visible
 MOST_PROMPTS = 8
 MOST_SEEDS = 12
@@ -28,6 +25,20 @@ def chosen_pairs(comparison: Comparison, prompts: int = MOST_PROMPTS, seeds: int
         if (prompt in chosen or len(chosen) < prompts) and len(chosen.setdefault(prompt, [])) < seeds:
             chosen[prompt].append(seed)
     return {prompt: chosen[prompt] for prompt in comparison.prompts if prompt in chosen}
+
+
+def spread_pairs(comparison: Comparison, most: int) -> list[tuple[str, int]]:
+    """Return at most so many (prompt, seed) pairs, equally many of each prompt; those that all runs have come first."""
+    every = list(dict.fromkeys(pair for source in comparison.sources for pair in source.pairs))
+    common = set.intersection(*(set(source.pairs) for source in comparison.sources))
+    ranks: dict[str, int] = {}
+    ranked = []
+    for pair in sorted(every, key=lambda pair: pair not in common):
+        ranks[pair[0]] = ranks.get(pair[0], -1) + 1
+        ranked.append((pair not in common, ranks[pair[0]], pair))
+    chosen = [pair for _, _, pair in sorted(ranked, key=lambda entry: entry[:2])[:most]]
+    places = {prompt: i for i, prompt in enumerate(comparison.prompts)}
+    return sorted(chosen, key=lambda pair: places[pair[0]])
 
 
 def rows_by_pair(source: Source) -> dict[tuple[str, int], int]:
@@ -49,15 +60,6 @@ def read_picture(path: Path | None) -> np.ndarray | None:
         return None
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """Return a picture, uint8 (H, W, 3), as a PNG data URI of at most `LARGEST_SIDE` pixels a side."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
-def is_tiny(pictures: Sequence[np.ndarray]) -> bool:
+def is_tiny(sizes: Iterable[tuple[int, int]]) -> bool:
     """Say whether all pictures are so small that their pixels should stay visible."""
-    return all(max(pixels.shape[:2]) <= TINY_SIDE for pixels in pictures)
+    return all(max(size) <= TINY_SIDE for size in sizes)

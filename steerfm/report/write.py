@@ -8,7 +8,9 @@ from typing import Any
 
 from steerfm.provenance import plain
 from steerfm.report.compare import Comparison, Pair
-from steerfm.report.curves import curves
+from steerfm.report.conclusions import conclusions
+from steerfm.report.encodings import png
+from steerfm.report.lines import lines
 from steerfm.report.page import page
 from steerfm.report.sheet import sheet
 from steerfm.report.terminal import markdown
@@ -56,6 +58,8 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
     table = {
         "rows": comparison.records(),
         "differences": [_difference(pair) for pair in comparison.pairs],
+        "equal_cost": [dataclasses.asdict(found) for found in comparison.equal_cost],
+        "conclusions": conclusions(comparison),
         "warnings": list(comparison.warnings),
         "prompts": list(comparison.prompts),
         "equal_samples": comparison.equal_samples,
@@ -65,7 +69,7 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
     if all(source.has_pictures for source in comparison.sources):
         run.write_bytes("pictures.png", sheet(comparison))
     if comparison.lines:
-        run.write_bytes("curves.png", curves(comparison))
+        run.write_bytes("curves.png", png(lines(comparison)))
     log_comparison(comparison, run.folder, mode=mode, name=run.info.name)
     run.write_text("page.html", page(comparison, title))
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import io
 import json
-import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_runs import METHODS, PROMPT, make_run, make_runs, pose, scans
+from made_runs import METHODS, PROMPT, make_run, make_runs, points_run, pose, scans
 from PIL import Image
 from rich.console import Console
 
@@ -24,10 +21,9 @@ from steerfm import report
 from steerfm.errors import RunError
 from steerfm.images import to_uint8
 from steerfm.metrics import frechet_distance, mean_pairwise_distance
-from steerfm.report import charts, columns, estimates
+from steerfm.report import columns, estimates
 from steerfm.report.wandb import resolve_mode
 from steerfm.runs import Run
-from steerfm.types import Cost, Samples
 
 OWN_SEVENS = {"label": "base, its own sevens", "run": "base", "where": "held_out.judge p(7)", "above": 0.5}
 
@@ -51,16 +47,6 @@ def compared(six: Path) -> report.Comparison:
         "fine-tuned--T---0-01",
     ]
     return report.compare(runs, subsets=[OWN_SEVENS], root=six)
-
-
-def points_run(root: Path, name: str, **fields) -> Path:
-    """Make a finished run of two-dimensional points, which have no pictures and no reward."""
-    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(len(name)))
-    defaults = {"x0": x, "images": x, "prompts": [""] * 64, "seeds": list(range(64)), "cost": Cost(4)}
-    with Run.start(name, command="sample", config={"name": name}, recipe="points", root=root) as run:
-        run.write_samples(Samples(**{**defaults, **fields}))
-        run.write_reference(torch.randn(500, 2, generator=torch.Generator().manual_seed(9)))
-    return run.folder
 
 
 def test_every_row_holds_what_its_samples_say(compared: report.Comparison) -> None:
@@ -292,9 +278,6 @@ def test_a_cosine_is_no_probability(tmp_path: Path) -> None:
         run.write_samples(pose("base", count=6)[0], held_out={"HPSv2": torch.linspace(0.2, 0.35, 6)})
     comparison = report.compare(["scored"], root=tmp_path)
     assert [c.title for c in columns.columns(comparison)][2:5] == ["reward", "HPSv2, held out", "diversity"]
-    ticks = [tick.text for tick in charts.charts(comparison)[1].y_ticks]
-    assert "0" not in ticks
-    assert "1" not in ticks
 
 
 def test_labels_are_no_markup(tmp_path: Path) -> None:
@@ -313,99 +296,6 @@ def test_markdown_holds_every_row(compared: report.Comparison) -> None:
     assert sum(line.startswith("| ") for line in lines) == 2 + len(compared.rows) + 2 + 5
 
 
-class Page(HTMLParser):
-    """Collect what a page would load, show and run."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.alts: list[str | None] = []
-        self.inline: dict[str, str] = {}
-        self.ids: list[str] = []
-        self.policy = ""
-        self._in = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append(tag)
-        self.loads += [found[name] or "" for name in ("src", "href", "xlink:href", "srcset", "data") if name in found]
-        self.ids += [found["id"] or ""] if "id" in found else []
-        assert not [name for name in found if name.startswith("on") or name == "style"]
-        if tag == "img":
-            self.alts.append(found.get("alt"))
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"] or ""
-        self._in = tag if tag in ("script", "style") else ""
-
-    def handle_data(self, data: str) -> None:
-        if self._in:
-            self.inline[self._in] = self.inline.get(self._in, "") + data
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = ""
-
-
-def test_the_page_is_one_file_that_loads_nothing(compared: report.Comparison) -> None:
-    html = report.page(compared)
-    page = Page(html)
-    assert all(load.startswith("data:") for load in page.loads)
-    assert not re.search(r"https?://|url\(|@import|//[a-z]+\.[a-z]", html)
-    assert page.policy.startswith("default-src 'none'")
-    for tag in ("script", "style"):
-        digest = hashlib.sha256(page.inline[tag].encode()).digest()
-        assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in page.policy
-    assert len(page.ids) == len(set(page.ids))
-    assert page.alts.count(None) == 0
-    assert "base, “a handwritten seven”, seed 0, reward 0.231" in page.alts
-
-
-def test_the_page_shows_the_pictures_as_they_are(compared: report.Comparison) -> None:
-    page = Page(report.page(compared))
-    uris = [load for load in page.loads if load.startswith("data:image/png;base64,")]
-    assert len(uris) == 6 * 12
-    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(uris[0].partition(",")[2]))))
-    assert (first == to_uint8(pose("base")[0].images)[0]).all()
-
-
-def test_text_from_runs_is_never_html(tmp_path: Path) -> None:
-    evil = "<script>alert('x')</script><img src=x onerror=alert(1)>"
-    samples = dataclasses.replace(pose("base", count=3)[0], prompts=[evil] * 3, note=evil)
-    config = {"recipe": evil, "</pre>": evil}
-    with Run.start("evil", command="sample", config=config, recipe=evil, label=evil, root=tmp_path) as run:
-        run.write_samples(samples, held_out={evil: torch.rand(3)})
-    comparison = report.compare(["evil"], root=tmp_path)
-    page = Page(report.page(comparison, title=evil))
-    assert page.tags.count("script") == 1
-    assert all(load.startswith("data:") for load in page.loads)
-    assert "<script>alert" not in report.markdown(comparison)
-
-
-def test_points_show_as_scatter_plots(tmp_path: Path) -> None:
-    points_run(tmp_path, "mixture")
-    points_run(tmp_path, "moons", x0=torch.full((64, 2), float("nan")))
-    comparison = report.compare(["mixture", "moons"], root=tmp_path)
-    html = report.page(comparison)
-    assert "Scatter plot of the samples of mixture" in html
-    assert 400 < html.count("<circle") < 1300
-    assert "<img" not in html
-    assert any("samples that are not finite" in warning for warning in comparison.warnings)
-
-
-def test_large_pictures_are_made_smaller_and_broken_ones_left_blank(tmp_path: Path) -> None:
-    images = torch.rand(2, 3, 300, 600)
-    samples = dataclasses.replace(
-        pose("base", count=2)[0], x0=torch.randn(2, 4, 8, 8), images=images, prompts=["a", "b"], seeds=[0, 1]
-    )
-    with Run.start("large", command="sample", config={}, recipe="r", root=tmp_path) as run:
-        run.write_samples(samples)
-    (run.folder / "images/000001.png").write_bytes(b"\x89PNG broken")
-    page = Page(report.page(report.compare(["large"], root=tmp_path)))
-    (uri,) = [load for load in page.loads if load.startswith("data:image/png")]
-    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (256, 128)
-
-
 def test_latents_are_not_clamped_and_pixels_are(tmp_path: Path) -> None:
     samples, _ = pose("base", count=4)
     latents = dataclasses.replace(samples, x0=torch.full((4, 4, 2, 2), 5.0))
@@ -417,56 +307,6 @@ def test_latents_are_not_clamped_and_pixels_are(tmp_path: Path) -> None:
     assert latent.x0 is not None
     assert pixels.x0.abs().max() == 1 < samples.x0.abs().max()
     assert latent.x0.max() == 5
-
-
-def test_chart_axes() -> None:
-    assert charts.round_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert charts.round_ticks(-3, 12) == [-2, 0, 2, 4, 6, 8, 10, 12]
-    assert charts.log_ticks(3, 1500) == [10, 100, 1000]
-    assert charts.log_ticks(3, 40) == [5, 10, 20]
-    assert len(charts.log_ticks(4, 4.6)) >= 2
-    axis = charts.Axis(1, 100, 0, 200, logarithmic=True)
-    assert [axis.place(value) for value in (1, 10, 100)] == [0, 100, 200]
-    assert len({(charts.mark_style(i), charts.mark_path(i)) for i in range(40)}) == 40
-
-
-def test_chart_marks_lie_where_the_figures_say(compared: report.Comparison) -> None:
-    cost, judged = charts.charts(compared)
-    assert cost.x_title == "network calls per sample, log scale"
-    by_style = {mark.style: mark for mark in cost.marks}
-    assert len(by_style) == 6
-    assert by_style[0].x == by_style[4].x < by_style[1].x < by_style[2].x < by_style[3].x  # 4, 4, 64, 96, 768 calls
-    assert by_style[5].y < by_style[4].y < by_style[0].y  # up is more reward
-    for mark in (*cost.marks, *judged.marks):
-        assert charts.LEFT < mark.x < charts.WIDTH - charts.RIGHT
-        assert charts.TOP < mark.y < charts.HEIGHT - charts.BOTTOM
-    assert {mark.style: mark for mark in judged.marks}[5].x > max(mark.x for mark in judged.marks if mark.style != 5)
-
-
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a: str, b: str) -> float:
-    high, low = sorted([luminance(a), luminance(b)], reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_colours_have_contrast_in_light_and_dark() -> None:
-    css = (Path(report.__file__).parent / "templates" / "style.css").read_text()
-    themes = [
-        dict(re.findall(r"--(\w[\w-]*): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
-    ]
-    assert len(themes) == 2
-    for theme in themes:
-        for ground in ("page", "card", "hover"):
-            assert contrast(theme["ink"], theme[ground]) >= 7
-            assert contrast(theme["soft"], theme[ground]) >= 4.5  # WCAG 2.2, 1.4.3
-        assert contrast(theme["ink"], theme["alert"]) >= 7
-        for i in range(charts.STYLES):
-            assert contrast(theme[f"s{i}"], theme["card"]) >= 3  # WCAG 2.2, 1.4.11
 
 
 def test_a_comparison_is_a_run_folder(six: Path, compared: report.Comparison, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_cannot_be_told_at_equal_cost_is_said(tmp_path: Path) -> None:
     made(tmp_path, "dear", np.ones((2, 4)), calls=16)
     comparison = report.compare(["base", "dear"], root=tmp_path)
     assert comparison.equal_cost[0].note == "needs 16 samples for each prompt, base has 4"
-    assert any("cannot be told from these runs: needs 16 samples" in said for said in report.conclusions(comparison))
+    assert any("would give cannot be told: needs 16 samples" in said for said in report.conclusions(comparison))
     assert report.compare(["base", "dear"], root=tmp_path, x="reward_calls").equal_cost == ()
 
 
@@ -160,9 +160,9 @@ def test_conclusions_say_what_was_gained_hacked_and_within_noise(tmp_path: Path)
     made(tmp_path, "broken", near(base) + 3, judge=near(base) - 1)
     said = report.conclusions(report.compare(["base", "same", "good", "greedy", "broken"], root=tmp_path))
     text = "\n".join(said)
-    assert said[0].startswith("same against base: reward ") and said[0].count("(within noise)") == 2
+    assert said[0].startswith("same against base: reward ") and said[0].partition(". ")[0].count("(within noise)") == 2
     assert "at 3 times the network calls" in said[0]
-    assert "same against the best of 3 samples of base, at equal network calls" in said[1]
+    assert ". Against the best of 3 samples of base, at equal network calls: reward -" in said[0]
     assert "good against base: reward +1.0" in text and "at the same network calls" in text
     assert "Its reward rises while judge, held out, falls: it is hacked." in next(s for s in said if "broken ag" in s)
     assert re.search(r"Highest judge, held out: good, \+0\.(48|49|50|51)\d* ± 0\.0\d+ above greedy", text)
