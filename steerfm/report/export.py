@@ -35,8 +35,8 @@ def export(
     """Write the files of these formats into a folder, over those of an earlier export, and return their paths.
 
     pictures.png, .pdf, .svg: a grid of the first `prompts` prompts and `seeds` seeds, where the runs have pictures.
-    plots.png, .pdf, .svg: what `comparison.plot()` draws. Words in PDF and SVG stay text. quality.tex, costs.tex,
-    differences.tex: tables for booktabs. table.md: the same as Markdown. Nothing asks a network.
+    plots.png, .pdf, .svg: what `comparison.plot()` draws, where there is anything. Words in PDF and SVG stay text.
+    quality.tex, costs.tex, differences.tex: tables for booktabs. table.md: the same as Markdown. No network is asked.
     Raises ConfigError for an unknown format and RunError where the folder cannot be written.
     """
     _check(formats, prompts, seeds)
@@ -55,9 +55,13 @@ def export(
 
 def _figures(comparison: Comparison, prompts: int, seeds: int) -> list[tuple[str, str]]:
     """Return (name, SVG) of every figure that there is something to draw for."""
+    found = []
     drawn = grid(comparison, prompts, seeds)
-    plots = vl_convert.vegalite_to_svg(charts.specification(comparison))
-    return ([("pictures", drawn)] if drawn else []) + [("plots", plots)]
+    if drawn is not None:
+        found.append(("pictures", drawn))
+    if comparison.lines or charts.charts(comparison):
+        found.append(("plots", vl_convert.vegalite_to_svg(charts.specification(comparison))))
+    return found
 
 
 def _check(formats: Sequence[str], prompts: int, seeds: int) -> None:

@@ -9,6 +9,7 @@ import socket
 import webbrowser
 from http import HTTPStatus
 from pathlib import Path
+from typing import cast
 
 from steerfm.errors import RunError
 from steerfm.runs import find_run
@@ -70,7 +71,6 @@ class PageServer(http.server.ThreadingHTTPServer):
 class _Answer(http.server.BaseHTTPRequestHandler):
     """Answer GET and HEAD; every other method is refused by the base class."""
 
-    server: PageServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "steerfm", ""
     timeout = 30  # seconds that a silent connection is kept
@@ -105,14 +105,18 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
         return None
 
+    @property
+    def _owner(self) -> PageServer:
+        return cast(PageServer, self.server)
+
     def _asked_here(self) -> bool:
-        return self.headers.get("Host", "") in {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        return self.headers.get("Host", "") in {f"{name}:{self._owner.server_port}" for name in (HOST, "localhost")}
 
     def _read(self, name: str) -> bytes | None:
         """Return a listed file, or None; a link that leads out of the folder is not followed."""
-        path = self.server.folder / name
+        path = self._owner.folder / name
         try:
-            inside = name in KINDS and path.resolve().parent == self.server.folder
+            inside = name in KINDS and path.resolve().parent == self._owner.folder
             return path.read_bytes() if inside else None
         except OSError:
             return None

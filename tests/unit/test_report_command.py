@@ -182,7 +182,9 @@ def test_a_signal_ends_it_cleanly(root: Path, sent: signal.Signals) -> None:
         assert shown.stdout is not None
         line = shown.stdout.readline()
         port = int(line.rpartition("http://127.0.0.1:")[2].partition("/")[0])
-        with socket.create_connection(("127.0.0.1", port), timeout=10):  # one that stays silent does not hold it up
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"GET /missing HTTP/1.1\r\n\r\n")
+            assert b"421" in connection.recv(65536)  # and an open connection does not hold it up
             shown.send_signal(sent)
             out, err = shown.communicate(timeout=20)
     finally:
