@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 IN_RANGE   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint demo bench parity zoo constraints clean
+.PHONY: help install test lint docs demo bench browser parity zoo constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -52,6 +52,10 @@ lint: $(STAMP)  ## formatting, style, types, and who may import whom
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q tests/unit/test_import_table.py
 
+docs: $(STAMP)  ## build the guide and the API reference into build/docs, and run the notebooks (minutes)
+	$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs
+	@echo "open build/docs/index.html"
+
 bench: $(STAMP)  ## speed and quality, one table a script (an hour; each can be run alone)
 	@for script in benchmarks/*.py; do \
 	  case "$$script" in \
@@ -61,6 +65,19 @@ bench: $(STAMP)  ## speed and quality, one table a script (an hour; each can be 
 	  esac; \
 	  echo "== $$script $$mode"; $(BIN)/python "$$script" $$mode || exit 1; \
 	done
+
+AXE := build/axe/package/axe.min.js
+
+browser: $(STAMP) $(AXE)  ## the comparison page in a real Chromium (Debian's, installed here if need be), pictures in build/screenshots
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  $$sudo apt-get update -q && $$sudo apt-get install -y -q chromium chromium-driver; \
+	} || echo "Chromium could not be installed, so these tests are skipped. Fix: sudo apt-get install chromium chromium-driver" >&2
+	$(BIN)/python -m pytest -m browser -rs
+
+$(AXE):  # what finds faults of accessibility; MPL-2.0, fetched for the test and not shipped
+	@mkdir -p build/axe && cd build/axe && npm pack --silent axe-core@4 >/dev/null && tar xzf axe-core-*.tgz package/axe.min.js \
+	  || echo "axe-core could not be fetched, so its test is skipped. Fix: install npm" >&2
 
 PARITY := .venv-image-reward
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from steerfm.report.columns import Column, column_groups, columns, difference_text, differences
 from steerfm.report.compare import Comparison
+from steerfm.report.conclusions import conclusions, meaning
 
 
 class ComparisonTable:
@@ -32,6 +33,9 @@ class ComparisonTable:
         if self.comparison.pairs:
             yield Text(f"Difference to {self.comparison.pairs[0].against}, same prompts and seeds", style="bold")
             yield _differences(self.comparison)
+        for said in conclusions(self.comparison):
+            yield Text(f"- {said}")
+        yield Text(meaning(self.comparison), style="dim")
         for label, note in self.comparison.notes:
             yield Text(f"{label}: {note}", style="dim")
         for warning in self.comparison.warnings:
@@ -44,7 +48,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the table, the differences to the first run and the warnings as Markdown."""
+    """Return the table, the differences to the first run, the conclusions and the warnings as Markdown."""
     shown = columns(comparison)
     text = _markdown_table(shown, [[column.text(row) for column in shown] for row in comparison.rows])
     figures, rows = differences(comparison)
@@ -53,6 +57,8 @@ def markdown(comparison: Comparison) -> str:
         first = Column(f"minus {comparison.pairs[0].against}", "", _nothing, str, numeric=False)
         cells = [[label, *map(difference_text, pairs)] for label, pairs in rows]
         text += "\nDifferences on the same prompts and seeds:\n\n" + _markdown_table([first, *titles], cells)
+    said = "".join(f"- {_escaped(each)}\n" for each in conclusions(comparison))
+    text += f"\nWhat they say:\n\n{said}\n{meaning(comparison)}\n" if said else ""
     notes = [f"- {_escaped(label)}: {_escaped(note)}\n" for label, note in comparison.notes]
     warnings = notes + [f"- Warning: {_escaped(warning)}\n" for warning in comparison.warnings]
     return text + ("\n" if warnings else "") + "".join(warnings)
