@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steerfm import images
 from steerfm.callbacks.course import Course, Measurement, held_out_change, reward_change
 from steerfm.callbacks.ema import EMA, averaged
+from steerfm.callbacks.live_table import LiveTable
 from steerfm.callbacks.sample_grid import keep_picture
 from steerfm.errors import ConfigError
 from steerfm.features import Features
@@ -22,6 +23,7 @@ from steerfm.flow_map import FlowMap
 from steerfm.metrics.tuned import Drawn, FixedSamples, opinions
 from steerfm.reward import Reward
 from steerfm.reward_adapters import means
+from steerfm.types import Cost, Samples
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class GuardRails(Callback):
     Logged under guard/: the reward and its parts, held-out rewards, divergence D, semigroup defect, the gap between one
     jump and `jumps`, diversity and Vendi score within prompts, the Fréchet distance to data, and what pictures look
     like; see `metrics.tuned`. pictures/guard_STEP.png in the trainer's default_root_dir shows the first `columns`
-    samples of the base, and below them the present ones.
+    samples of the base, and below them the present ones; in W&B these are rows of the table "progress", with their
+    rewards.
 
     prompts, samples: row i has prompt i, over again where there are fewer. data: real samples in model space (M, *dim),
     else the base's. features: of pictures, pixels by default. batch_size: samples at once.
@@ -49,6 +52,8 @@ class GuardRails(Callback):
     It belongs after EMA in the list of callbacks. The main process samples alone: figures do not depend on the number
     of processes.
     """
+
+    scores_samples = True  # so that the table "progress" is this one's
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class GuardRails(Callback):
         self.weights: dict[str, Tensor] = {}  # of the best, on the CPU
         self.base: Drawn | None = None
         self.real: Tensor | None = None  # features of data
+        self.table = LiveTable()
 
     @property
     def state_key(self) -> str:
@@ -171,8 +177,22 @@ class GuardRails(Callback):
         if now.images.ndim == 4:
             pictures = torch.cat([self.base.images[: self.columns], now.images[: self.columns]])
             keep_picture(trainer, images.grid(pictures.cpu().float(), self.columns), "guard", "guard", self.scale)
+            self.table.add(trainer, self._shown(now), trainer.global_step)
         reward = None if now.reward is None else opinions(now.reward).cpu()
         return Measurement(trainer.global_step, reward, self._in_units(now), figures["divergence"]), figures
+
+    def _shown(self, drawn: Drawn) -> Samples:
+        """Return the first `columns` samples as the table shows them, held-out rewards part by part."""
+        own, count = self.fixed, self.columns
+        return Samples(
+            x0=drawn.x0[:count],
+            images=drawn.images[:count],
+            prompts=[own.prompts[i % len(own.prompts)] for i in range(count)],
+            seeds=[own.first + i for i in range(count)],
+            cost=Cost(own.jumps),
+            rewards=None if drawn.reward is None else opinions(drawn.reward)[:count],
+            held_out={name: values[:count] for scores in drawn.held_out for name, values in scores.parts.items()},
+        )
 
     def _in_units(self, drawn: Drawn) -> Tensor:
         """Return held-out rewards (K, N), each in units of its standard deviation among the base's samples."""

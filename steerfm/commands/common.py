@@ -1,10 +1,9 @@
-"""What the commands that run recipes share: composing, opening the run folder, loggers, progress bars."""
+"""What the commands that run recipes share: composing, opening the run folder, progress bars."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import signal
 import threading
@@ -22,7 +21,6 @@ from rich.logging import RichHandler
 from steerfm import config
 from steerfm.config import Composed
 from steerfm.errors import ConfigError
-from steerfm.report.wandb import resolve_mode
 from steerfm.runs import Run, choose_name, is_main_process
 
 console = Console(highlight=False)
@@ -100,31 +98,6 @@ def inputs(recipe: Composed) -> list[str]:
     """Return the runs, files and folders that a recipe reads."""
     given = recipe.values["inputs"]
     return [str(path) for path in (given.values() if isinstance(given, dict) else given)]
-
-
-def logger(recipe: Composed, run: Run) -> Any:
-    """Build the recipe's logger so that it writes into the run folder; False where the recipe has none.
-
-    A W&B run keeps its id when it is resumed, and is offline unless WANDB_API_KEY is set or mode is "online".
-    """
-    node = recipe.values.get("logger")
-    if node is None:
-        return False
-    if node["_target_"].endswith("WandbLogger"):
-        identity = hashlib.sha256(f"{run.folder.resolve()} {run.info.started}".encode()).hexdigest()[:12]
-        mode = resolve_mode(None if node.get("mode", "auto") == "auto" else node["mode"])
-        return recipe.build(
-            "logger", name=run.info.label, save_dir=str(run.folder), id=identity, mode=mode, config=recipe.values
-        )
-    logs = run.folder / "logs"
-    return recipe.build("logger", save_dir=str(logs), name="", version=len(list(logs.glob("*"))))
-
-
-def close(built: Any) -> None:
-    """Let a W&B run end with its stage, so that the next one in this process does not write into it."""
-    finish = getattr(getattr(built, "_experiment", None), "finish", None)
-    if finish is not None:
-        finish()
 
 
 class ProgressBar(TQDMProgressBar):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from steerfm.commands import common
+from steerfm.commands import common, loggers
 from steerfm.config import Composed
 from steerfm.errors import CheckpointError
 from steerfm.runs import Run
@@ -33,16 +33,12 @@ def fit(recipe: Composed) -> Path:
     whose text says how to continue.
     """
     values = recipe.values
-    with common.running(recipe) as run:
+    with common.running(recipe) as run, loggers.opened(recipe, run) as logger:
         seed_everything(values["seed"], workers=True, verbose=False)
         module, data = recipe.build("module"), recipe.build("data")
-        logger = common.logger(recipe, run)
         trainer = _trainer(recipe, run, logger)
-        try:
-            with common.interruptible(run):
-                trainer.fit(module, data, ckpt_path=last_good(run), weights_only=True)
-        finally:
-            common.close(logger)
+        with common.interruptible(run):
+            trainer.fit(module, data, ckpt_path=last_good(run), weights_only=True)
         saved = run.folder / values["save_as"]
         if trainer.is_global_zero:
             module.save(saved)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from steerfm import images
-from steerfm.commands import common
+from steerfm.commands import common, loggers
 from steerfm.config import Composed
 from steerfm.distributed import world
 from steerfm.modules import SteeredSampling
@@ -37,11 +37,11 @@ def generate(recipe: Composed) -> Path:
     Rewards given to a plain sampler only score; held-out rewards never steer. An interrupted run starts its
     sampling again, with the same seeds and so the same pictures.
     """
-    with common.running(recipe) as run:
+    with common.running(recipe) as run, loggers.opened(recipe, run) as logger:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
         held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         reference = recipe.build("reference")
-        module = SteeredSampling(flow_map, method, reward, held_out, _watch(recipe))
+        module = SteeredSampling(flow_map, method, reward, held_out, _watch(recipe, logger))
         with common.interruptible(run):
             batches = _predict(recipe, run, module)
         _keep(run, batches, reference)
@@ -49,11 +49,17 @@ def generate(recipe: Composed) -> Path:
     return run.folder
 
 
-def _watch(recipe: Composed) -> Watch:
-    """Return what the recipe says of budget and trace; a recipe may have neither."""
+def _watch(recipe: Composed, logger: Any) -> Watch:
+    """Return what the recipe says of budget and trace, of which it may have neither, and who is told of the steps."""
     traced = bool(recipe.values.get("trace"))
-    news = News() if recipe.values["trainer"].get("enable_progress_bar", True) else None
-    return Watch(recipe.build("cost") or Budget(), news, traced)
+    told = [News()] if recipe.values["trainer"].get("enable_progress_bar", True) else []
+    told += [loggers.Lines(logger)] if logger else []
+
+    def tell(progress: Progress) -> None:
+        for each in told:
+            each(progress)
+
+    return Watch(recipe.build("cost") or Budget(), tell if told else None, traced)
 
 
 class News:

@@ -1,67 +1,67 @@
-"""A comparison as a W&B run: the same table, and pictures side by side; offline unless asked otherwise."""
+"""A comparison as a W&B run: the same table, pictures side by side, and a Report; offline unless asked otherwise."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from steerfm.errors import RunError
-from steerfm.files import cannot_write
+from steerfm.errors import RunError, SteerfmError
+from steerfm.files import read_json
+from steerfm.report import published
+from steerfm.report.artifacts import folder_artifact, read_record
 from steerfm.report.compare import Comparison
 from steerfm.report.pictures import chosen_pairs, read_picture, rows_by_pair
+from steerfm.report.plan import front, lines_key, pictures_key, plan
 from steerfm.report.sources import Source
+from steerfm.report.wandb_run import SECONDS_TO_REACH, WandbRun, resolve_mode, run_id
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["online", "offline", "disabled"]
 MOST_PICTURES = 108  # of one logged object, wandb 0.31
 MOST_STRIP = 24  # pictures of one run's panel
-DATA_VARIABLE = "WANDB_DATA_DIR"
-SECONDS_TO_REACH = 20.0
-
-
-def resolve_mode(mode: str | None = None) -> Mode:
-    """Return `mode`, else WANDB_MODE, else "online" where WANDB_API_KEY is set and "offline" elsewhere.
-
-    Raises RunError for an unknown mode.
-    """
-    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    chosen = {"dryrun": "offline", "run": "online"}.get(chosen, chosen)  # wandb's old names, which Lightning still sets
-    if chosen not in ("online", "offline", "disabled"):
-        raise RunError(f"Unknown W&B mode '{chosen}': use online, offline or disabled.")
-    return chosen
 
 
 def log_comparison(
-    comparison: Comparison, folder: str | Path, *, mode: str | None = None, project: str = "steerfm", name: str = ""
+    comparison: Comparison,
+    folder: str | Path,
+    *,
+    mode: str | None = None,
+    project: str = "steerfm",
+    name: str = "",
+    title: str = "",
 ) -> Path | None:
     """Log a comparison as one W&B run kept below folder/wandb; return the run's folder, or None where disabled.
 
-    The run holds a table "figures" (`Comparison.table`), a table "samples" (a row a prompt and seed, a picture and
-    reward a run), the same pictures as a panel a run, and every figure in its summary. Nothing is ever asked:
-    without credentials, or when W&B cannot be reached, the run stays offline with a warning.
+    The run holds a table "figures" (`Comparison.records`), "pareto" (cost and reward of the runs), "samples" (a row a
+    prompt and seed, a picture and reward a run), the same pictures as a panel a run, a history of every line, and every
+    figure in its summary; it uses the compared runs' artifacts where they have some. Its Report is kept as
+    folder/report.json and, online, published. Nothing is ever asked: without credentials, or when W&B cannot be
+    reached, the run stays offline with a warning.
     """
     chosen = resolve_mode(mode)
     if chosen == "disabled":
         return None
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(Path(folder), error) from error
-    if chosen == "online":
-        try:
-            return _log(comparison, Path(folder), "online", project, name)
-        except _unreachable() as error:
-            log.warning("W&B could not be reached (%s): the comparison is kept offline.", str(error).splitlines()[0])
-    kept = _log(comparison, Path(folder), "offline", project, name)
-    log.info("W&B run kept offline; to send it: wandb sync %s", kept)
+    folder = Path(folder)
+    config = {"x": comparison.x, "runs": {source.label: source.config for source in comparison.sources}}
+    given = {"project": project, "name": name or None, "job_type": "compare", "config": config, **_identity(folder)}
+    with WandbRun(folder, chosen, seconds=SECONDS_TO_REACH, **given) as run:
+        _log(comparison, run)
+        kept, place = run.kept, {"run": run.id, "project": run.project, "entity": run.entity}
+    published.keep(folder, plan(comparison, place, title or name))
+    _tell(folder, run, kept)
     return kept
+
+
+def _log(comparison: Comparison, run: WandbRun) -> None:
+    """Log everything that is in the run: tables, pictures, lines, figures and what it was made from."""
+    tables = {"figures": _table(comparison.records()), "pareto": _table(_pareto(comparison))}
+    run.log({**tables, "samples": _samples(comparison), **_strips(comparison)})
+    _log_lines(comparison, run)
+    run.set_summary(_summary(comparison))
+    _use(comparison, run)
 
 
 def begin(folder: Path, name: str, project: str = "steerfm") -> None:
@@ -88,54 +88,68 @@ def _unreachable() -> tuple[type[Exception], ...]:
     return (CommError, UsageError, AuthenticationError, TimeoutError)
 
 
-def _log(comparison: Comparison, folder: Path, mode: Mode, project: str, name: str) -> Path:
-    """Log to one run and finish it."""
-    import wandb
-    from wandb.errors import UsageError
+def _identity(folder: Path) -> dict[str, Any]:
+    """Return the id of a comparison that has a run folder, which it keeps when it is made again after a failure."""
+    started = read_json(folder / "run.json").get("started") if (folder / "run.json").is_file() else None
+    return {"id": run_id(folder, started), "resume": "allow"} if started else {}
 
-    settings = wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_REACH, x_disable_stats=True)
-    with _files_in(folder / "wandb" / "data"):
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise UsageError("no API key: set WANDB_API_KEY")
-        run = wandb.init(
-            project=project,
-            name=name or None,
-            dir=str(folder),
-            mode=mode,
-            job_type="compare",
-            config={"x": comparison.x, "runs": [str(source.folder) for source in comparison.sources]},
-            settings=settings,
-            reinit="create_new",
-        )
+
+def _tell(folder: Path, run: WandbRun, kept: Path | None) -> None:
+    """Publish the Report of an online run; say where it is, or how to publish it later."""
+    later = f"steerfm report publish {folder}"
+    if run.mode != "online":
+        log.info("W&B run kept offline: %s. To send it and publish its Report: %s", kept, later)
+    elif run.warned:
+        log.info("To publish the W&B Report later: %s", later)
+    else:
         try:
-            run.log({"figures": _figures(comparison), "samples": _samples(comparison), **_strips(comparison)})
-            run.summary.update(_summary(comparison))
-            return Path(run.dir).parent
-        finally:
-            run.finish()
+            log.info("W&B Report: %s", published.publish(folder))
+        except SteerfmError as error:
+            log.warning("%s", error)
 
 
-@contextlib.contextmanager
-def _files_in(folder: Path) -> Iterator[None]:
-    """Let wandb keep a table's pictures in `folder` until they are sent, and not in the home directory."""
-    before = os.environ.get(DATA_VARIABLE)
-    os.environ[DATA_VARIABLE] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        os.environ.pop(DATA_VARIABLE)
-        if before is not None:
-            os.environ[DATA_VARIABLE] = before
-
-
-def _figures(comparison: Comparison) -> Any:
-    """Return the summary as a wandb.Table."""
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """Return rows of the same keys as a wandb.Table."""
     import wandb
 
-    rows = comparison.records()
-    names = list(rows[0])
-    heads: list[int | str] = [*names]
-    return wandb.Table(columns=heads, data=[[row[name] for name in names] for row in rows])
+    heads: list[int | str] = [*rows[0]]
+    return wandb.Table(columns=heads, data=[list(row.values()) for row in rows])
+
+
+def _pareto(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return cost, reward and held-out values of each run, and whether no other gives more reward for less."""
+    best = [row.label for row in front(comparison)]
+    figures = ["reward", *(f"held_out.{name}" for name in comparison.held_out)]
+    return [
+        {"label": row["label"], comparison.x: row[comparison.x]}
+        | {name: row[name] for name in figures}
+        | {"front": row["label"] in best}
+        for row in comparison.records()
+        if row["kind"] == "run"
+    ]
+
+
+def _log_lines(comparison: Comparison, run: WandbRun) -> None:
+    """Log every line as a history of its own against cost, cheapest first, so that a chart joins its runs."""
+    rows = {row["label"]: row for row in comparison.records()}
+    cost = f"lines/{comparison.x}"
+    if comparison.lines:
+        run.define_metric("lines/*", step_metric=cost)
+    figures = ["reward", *(f"held_out.{name}" for name in comparison.held_out)]
+    for line in comparison.lines:
+        members = [rows[label] for label in line.runs if rows[label][comparison.x] is not None]
+        for row in sorted(members, key=lambda row: row[comparison.x]):
+            values = {lines_key(line.label, name): row[name] for name in figures if row[name] is not None}
+            run.log({cost: row[comparison.x], **values})
+
+
+def _use(comparison: Comparison, run: WandbRun) -> None:
+    """Name the compared runs' artifacts as what the comparison was made from."""
+    for source in comparison.sources:
+        record = read_record(source.folder)
+        made = None if record is None else folder_artifact(source.folder, record)
+        if made is not None:
+            run.use_artifact(made)
 
 
 def _samples(comparison: Comparison) -> Any:
@@ -158,7 +172,7 @@ def _strips(comparison: Comparison) -> dict[str, Any]:
     for source in comparison.sources:
         pictures = [picture for picture, _ in _column(source, pairs) if picture is not None]
         if pictures:
-            strips[f"pictures/{''.join(c if c.isalnum() or c in ' .-_=' else '-' for c in source.label)}"] = pictures
+            strips[pictures_key(source.label)] = pictures
     return strips
 
 
