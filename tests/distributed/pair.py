@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from steerfm.backbones import LoRA
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
 from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, world
@@ -71,6 +72,16 @@ def flow_map(kind: str = "mlp", seed: int = 0) -> FlowMap:
     built = network(kind)
     randomise(built, seed=seed)
     return FlowMap(built, conditioner=Labels(CAPTIONS)).double()
+
+
+def with_lora() -> FlowMap:
+    """Return a random map with low-rank additions that are no longer zero."""
+    tuned = LoRA(2)(flow_map())
+    generator = torch.Generator().manual_seed(9)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return tuned
 
 
 TEACHER = flow_map(seed=5)
@@ -196,8 +207,9 @@ def all_gradients() -> Iterator[tuple[str, Tensor]]:
             for parameter, gradient in gradients(Loss(flow_map(kind), objective_step(name))).items():
                 yield f"gradient/{kind}/{name}/{parameter}", gradient
     for name in METHODS:
-        for parameter, gradient in gradients(Loss(flow_map(), tuning_step(name))).items():
-            yield f"gradient/mlp/{name}/{parameter}", gradient
+        for kind, tuned in (("mlp", flow_map()), ("lora", with_lora())):
+            for parameter, gradient in gradients(Loss(tuned, tuning_step(name))).items():
+                yield f"gradient/{kind}/{name}/{parameter}", gradient
 
 
 def functions() -> Iterator[tuple[str, Tensor]]:

@@ -47,7 +47,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "kind", [*(f"mlp/{m}" for m in pair.METHODS), *(f"{n}/{o}" for n in pair.NETWORKS for o in pair.OBJECTIVES)]
+    "kind",
+    [
+        *(f"{n}/{m}" for n in ("mlp", "lora") for m in pair.METHODS),
+        *(f"{n}/{o}" for n in pair.NETWORKS for o in pair.OBJECTIVES),
+    ],
 )
 def test_gradients_equal_those_of_one_process(kind: str, one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     names = [name for name in one if name.startswith(f"gradient/{kind}/")]
