@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 from made_runs import make_run
 
 from steerfm import report
-from steerfm.cli import main
+from steerfm.cli import main, parse
 from steerfm.errors import RunError
 from steerfm.report.serve import STRICTEST, PageServer, page_of, policy
 from steerfm.runs import Run
@@ -248,6 +250,23 @@ def test_a_changed_run_is_warned_of(tmp_path: Path, workplace: Path, capsys: pyt
     code, out, _ = run(capsys, "report", "export", "compared", "--root", tmp_path, "--format", "md")
     assert code == 0
     assert "has changed since it was compared" in out
+
+
+def test_the_guide_says_what_works(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text(encoding="utf-8")
+    for label, name in (("base", "base"), ("tilting, T = 0.1", "steered"), ("fine-tuned, T = 0.1", "tuned")):
+        make_run(workplace / "runs", label, name=name)
+    report.write_comparison(report.compare(["base", "steered", "tuned"]), "runs/comparison")
+    shown, exported = re.findall(r"^steerfm (report (?:show|export) .*)$", text, re.MULTILINE)
+    assert parse(shlex.split(shown)).browser
+    assert run(capsys, *shlex.split(exported))[0] == 0
+    files = text.partition("## Look at it, and write it for a paper")[2].partition("## In a notebook")[0]
+    written = {path.name for path in (workplace / "paper").iterdir()}
+    assert written == {f"{stem}.{kind}" for stem in ("pictures", "plots") for kind in ("png", "pdf", "svg")} | set(
+        re.findall(r"\b(\w+\.(?:tex|md))`", files.partition("Words in PDF")[0])
+    )
+    (snippet,) = re.findall(r"## In a notebook\n```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(snippet, "comparing.md", "exec"), {"report": report})
 
 
 def test_publishing_prints_where_it_is(
