@@ -11,6 +11,7 @@ from steerfm.report.estimates import Estimate, over_prompts
 from steerfm.report.rows import Row
 from steerfm.report.sources import Source
 
+ALIKE = 0.8  # of the diversity they are held against: below, it is said
 CHANCE = 0.05  # of an interval that leaves out zero though there is no difference
 
 
@@ -48,7 +49,16 @@ def _gain(row: Row, first: Row, changes: Mapping[str, Estimate], cost: str) -> s
     figures = ", ".join(f"{_short(name)} {change(found)}" for name, found in changes.items())
     said = f"{row.label} against {first.label}: {figures}{_price(row, first, cost)}."
     fallen = hacked(changes)
-    return said + (f" Its reward rises while {' and '.join(fallen)}, held out, falls: it is hacked." if fallen else "")
+    said += f" Its reward rises while {' and '.join(fallen)}, held out, falls: it is hacked." if fallen else ""
+    return said + _collapse(row, first)
+
+
+def _collapse(row: Row, first: Row) -> str:
+    """Return that the run's samples are alike, held against the real data, or else the first run's."""
+    ratio, whose = row.diversity_ratio, "the real data"
+    if ratio is None and row.diversity is not None and first.diversity:
+        ratio, whose = row.diversity / first.diversity, f"those of {first.label}"
+    return "" if ratio is None or ratio >= ALIKE else f" Its samples are {ratio:.0%} as diverse as {whose}."
 
 
 def _price(row: Row, first: Row, cost: str) -> str:

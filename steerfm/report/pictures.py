@@ -28,15 +28,18 @@ def chosen_pairs(comparison: Comparison, prompts: int = MOST_PROMPTS, seeds: int
 
 
 def spread_pairs(comparison: Comparison, most: int) -> list[tuple[str, int]]:
-    """Return at most so many (prompt, seed) pairs, equally many of each prompt; those that all runs have come first."""
+    """Return at most so many (prompt, seed) pairs, equally many of each prompt: of those that all runs have.
+
+    Of all pairs, where the runs have none in common.
+    """
     every = list(dict.fromkeys(pair for source in comparison.sources for pair in source.pairs))
     common = set.intersection(*(set(source.pairs) for source in comparison.sources))
     ranks: dict[str, int] = {}
     ranked = []
-    for pair in sorted(every, key=lambda pair: pair not in common):
+    for pair in (pair for pair in every if pair in common or not common):
         ranks[pair[0]] = ranks.get(pair[0], -1) + 1
-        ranked.append((pair not in common, ranks[pair[0]], pair))
-    chosen = [pair for _, _, pair in sorted(ranked, key=lambda entry: entry[:2])[:most]]
+        ranked.append((ranks[pair[0]], pair))
+    chosen = [pair for _, pair in sorted(ranked, key=lambda entry: entry[0])[:most]]
     places = {prompt: i for i, prompt in enumerate(comparison.prompts)}
     return sorted(chosen, key=lambda pair: places[pair[0]])
 

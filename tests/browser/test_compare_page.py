@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from chromium import SCREENSHOTS, Browser
 from made_runs import METHODS, make_runs
+from tiny_recipes import tiny
 
 from steerfm import report
+from steerfm.cli import main
 
 pytestmark = pytest.mark.browser
 
@@ -226,6 +228,27 @@ def test_nothing_sticks_out_and_nobody_is_left_out(browser: Browser, page: Path,
     browser.run("document.getElementById('samples').scrollIntoView()")
     browser.screenshot(SCREENSHOTS / f"{name}-samples.png")
     assert browser.faults() == []
+
+
+def test_the_page_that_ends_a_demo(browser: Browser, workplace: Path) -> None:
+    """Made by the demo's own recipes, trained for two steps."""
+    for recipe in ("digits", "digits_clip", "digits_sample"):
+        assert main(tiny(recipe)) == 0
+    methods = ("best_of_n", "guidance", "tilting")
+    for method in methods:
+        assert main([*tiny("digits_steer", f"method={method}"), f"name={method}", f"label={method}"]) == 0
+    assert main(["compare", f"runs=[digits_sample,{','.join(methods)}]", "name=comparison"]) == 0
+    page = workplace / "runs" / "comparison" / "page.html"
+    assert opened(browser, page) < 3
+    assert texts(browser, "#count") == ["2 samples"]
+    browser.click("#view-one")
+    choose(browser, "run-slider", "3")
+    assert texts(browser, "#count") == ["2 samples, tilting"]
+    choose(browser, "search", "eight")
+    choose(browser, "sort", "high")
+    assert browser.run("return document.querySelectorAll('.chart svg').length") >= 2
+    assert browser.faults() == []
+    assert browser.log("browser") == []
 
 
 def test_the_theme_can_be_chosen(browser: Browser, page: Path) -> None:

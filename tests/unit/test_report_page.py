@@ -181,8 +181,10 @@ def test_too_many_pictures_are_spread_over_the_prompts(tmp_path: Path, monkeypat
     make_run(tmp_path, "best of 16", prompts=("a", "b"), count=4)
     comparison = report.compare(["base", "best-of-16"], root=tmp_path)
     assert spread_pairs(comparison, 5) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
-    nine = spread_pairs(comparison, 10)
-    assert [prompt for prompt, _ in nine] == ["a"] * 4 + ["b"] * 4 + ["c"] * 2, "those that all runs have come first"
+    assert [prompt for prompt, _ in spread_pairs(comparison, 99)] == ["a"] * 4 + ["b"] * 4, "those that all runs have"
+    make_run(tmp_path, "tilting, T = 0.1", prompts=("d",), count=4)
+    apart = report.compare(["base", "tilting--T---0-1"], root=tmp_path)
+    assert len(spread_pairs(apart, 99)) == 28
     monkeypatch.setattr(viewer, "MOST_PICTURES", 10)
     found = viewer.gallery(comparison)
     assert found is not None and len(found["pairs"]) == 5 and found["total"] == 24

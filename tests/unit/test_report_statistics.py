@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_runs import make_runs
 
 from steerfm import report
 from steerfm.errors import RunError
@@ -168,6 +169,17 @@ def test_conclusions_say_what_was_gained_hacked_and_within_noise(tmp_path: Path)
     assert re.search(r"Highest judge, held out: good, \+0\.(48|49|50|51)\d* ± 0\.0\d+ above greedy", text)
     assert "greedy hacks its reward, held against good: reward +" in text
     assert "good hacks" not in text and "same hacks" not in text
+
+
+def test_samples_that_are_alike_are_named(tmp_path: Path) -> None:
+    make_runs(tmp_path)
+    said = report.conclusions(report.compare(["base", "best-of-16", "fine-tuned--T---0-01"], root=tmp_path))
+    alike = [text for text in said if "as diverse as" in text]
+    assert (
+        len(alike) == 1
+        and alike[0].startswith("fine-tuned, T = 0.01")
+        and "25% as diverse as the real data" in alike[0]
+    )
 
 
 def test_runs_that_lead_together_are_named_together(tmp_path: Path) -> None:
