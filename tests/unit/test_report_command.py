@@ -223,6 +223,19 @@ def test_the_files_for_a_paper_are_written(root: Path, workplace: Path, capsys: 
     assert again == (0, "paper/table.md\n", "")
 
 
+def test_a_comparison_made_by_recipe_is_exported(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("base", "sweep/best-1", "sweep/best-2"):
+        make_run(workplace / "runs", "base" if place == "base" else "best of 16", name=place)
+    lines = "lines={picking:{best of n:[sweep/best-1,sweep/best-2]}}"
+    assert run(capsys, "compare", "runs=[base,sweep]", lines, "name=by_recipe")[0] == 0
+    assert run(capsys, "report", "export", "by_recipe", "--format", "svg", "tex")[0] == 0
+    table = (workplace / "export" / "by_recipe" / "quality.tex").read_text(encoding="utf-8")
+    assert re.findall(r"^(base|best of 16 .*?) &", table, re.MULTILINE) == [
+        "base", r"best of 16 (sweep/best-1)", r"best of 16 (sweep/best-2)",
+    ]  # fmt: skip
+    assert "picking" in (workplace / "export" / "by_recipe" / "plots.svg").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
