@@ -19,11 +19,13 @@ COLUMNS = ("step", "prompt", "seed", "picture", "reward")  # and then a column a
 class LiveTable:
     """Let a W&B table "progress" grow by a row a sample; a log sends its new rows only. Other loggers have no tables.
 
-    A run that is resumed online goes on with its table, one resumed offline begins another of the same name.
+    A run that is resumed online goes on with its table; one resumed offline, or that had to go on offline, begins
+    another of the same name.
     """
 
     def __init__(self) -> None:
         self.table: Any = None
+        self.folder: Any = None  # of the wandb run that the table belongs to
 
     def add(self, trainer: Trainer, samples: Samples, step: int) -> None:
         """Add the first samples that have pictures, at most 108, with `step` of training; points have none."""
@@ -31,8 +33,9 @@ class LiveTable:
             return
         shown = rows(samples, step)
         for logger in wandb_loggers(trainer.loggers):
-            if self.table is None:
-                self.table = table(shown, log_mode="INCREMENTAL")
+            folder = logger.experiment.dir
+            if self.table is None or folder != self.folder:
+                self.table, self.folder = table(shown, log_mode="INCREMENTAL"), folder
             else:
                 for row in shown:
                     self.table.add_data(*row.values())

@@ -18,10 +18,11 @@ NO_SETTING = ("name", "label", "folder", "inputs", "logger", "threads")  # that 
 
 
 def plan(comparison: Comparison, run: Mapping[str, str], title: str = "") -> dict[str, Any]:
-    """Return the Report: title, and its blocks in order. run: `run` (its id), project and entity of the comparison's W&B run.
+    """Return the Report: title, and its blocks in order.
 
-    A block is a heading, a text in Markdown, or panels with the runs that they show; see `published.blocks`. Each
-    compared run that is in W&B too, or each line of such runs, is a run set of its own.
+    run: the comparison's own W&B run, by `run` (its id), `project` and `entity`. A block is a heading, a text in
+    Markdown, or panels with the runs that they show; see `published.blocks`. Each compared run that is in W&B too, or
+    each line of such runs, is a run set of its own.
     """
     own = {"name": "comparison", "ids": [run["run"]], "project": "", "entity": ""}
     runs = [own, *run_sets(comparison)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any
 
 from steerfm.errors import RunError, missing_package
 from steerfm.files import read_json, write_atomic
+from steerfm.report.wandb_run import bounded, first_line, has_key
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
+SECONDS_TO_SAVE = 60.0  # the Report itself
 SECONDS_TO_SEND = 300.0  # an offline run
 WIDTH, HALF, HEIGHT = 24, 12, 12  # of panels, in W&B's units
 
@@ -34,20 +35,20 @@ def publish(folder: Path, *, project: str = "", entity: str = "") -> str:
     """
     if not (folder / REPORT).is_file():
         raise RunError(f"{folder} holds no W&B Report: compare its runs with report=wandb, which keeps one.")
-    plan = read_json(folder / REPORT)
-    workspaces = _workspaces()
+    plan, workspaces = read_json(folder / REPORT), _workspaces()
+    if not has_key():
+        raise RunError("W&B needs a key to publish a Report: set WANDB_API_KEY.")
     place = {"project": project or plan["project"], "entity": entity or plan["entity"] or _default_entity()}
     _send_offline(folder, **place)
+
+    def save() -> Any:
+        own = {"title": plan["title"], "description": plan["description"], "width": "fluid"}
+        made = workspaces.Report(blocks=blocks(plan, **place), **own, **place)
+        made.id = plan.get("report", "") if plan.get("published") == place else ""
+        return made.save()
+
     try:
-        saved = workspaces.Report(
-            title=plan["title"],
-            description=plan["description"],
-            width="fluid",
-            blocks=blocks(plan, **place),
-            **place,
-        )
-        saved.id = plan.get("report", "") if plan.get("published") == place else ""
-        saved.save()
+        saved = bounded(SECONDS_TO_SAVE, save)
     except Exception as error:
         raise _refused(error, folder) from error
     keep(folder, {**plan, "published": place, "report": saved.id, "url": saved.url})
@@ -117,10 +118,8 @@ def _default_entity() -> str:
     """Return who the key belongs to."""
     import wandb
 
-    if not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
-        raise RunError("W&B needs a key to publish a Report: set WANDB_API_KEY.")
     try:
-        return str(wandb.Api().default_entity or "")
+        return str(bounded(SECONDS_TO_SAVE, lambda: wandb.Api().default_entity) or "")
     except Exception as error:
         raise _refused(error, None) from error
 
@@ -130,9 +129,11 @@ def _send_offline(folder: Path, project: str, entity: str) -> None:
     for kept in sorted((folder / "wandb").glob("offline-run-*")):
         if any(kept.glob("*.synced")):
             continue
-        asked = [sys.executable, "-m", "wandb", "sync", "--project", project, "--entity", entity, str(kept)]
+        asked = [sys.executable, "-m", "wandb", "sync", "--project", project, "--entity", entity, str(kept.resolve())]
         try:
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=SECONDS_TO_SEND, check=False)
+            done = subprocess.run(
+                asked, capture_output=True, text=True, timeout=SECONDS_TO_SEND, check=False, cwd=folder
+            )
         except subprocess.TimeoutExpired as error:
             raise _refused(error, folder) from error
         if done.returncode or not any(kept.glob("*.synced")):
@@ -142,6 +143,5 @@ def _send_offline(folder: Path, project: str, entity: str) -> None:
 
 def _refused(error: Exception, folder: Path | None) -> RunError:
     """Return the one sentence for a W&B that could not be reached or said no."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     again = f" To try again: steerfm report publish {folder}" if folder else " Look at WANDB_BASE_URL and the key."
-    return RunError(f"W&B did not take the Report ({reason}).{again}")
+    return RunError(f"W&B did not take the Report ({first_line(error)}).{again}")

@@ -160,7 +160,7 @@ class WandbRun:
         import wandb
         from wandb.errors import UsageError
 
-        if mode == "online" and not _has_key():
+        if mode == "online" and not has_key():
             raise UsageError("no API key: set WANDB_API_KEY")
         settings = wandb.Settings(
             silent=True,
@@ -177,24 +177,26 @@ class WandbRun:
         return otherwise if self._run is None else getattr(self._run, name, otherwise)
 
     def _guarded(self, path: str, *given: Any, **more: Any) -> Any:
-        """Call a method of the wandb run; where it fails, go on with an offline run and try there once."""
+        """Call a method of the wandb run; where an online run fails, go on with an offline one and try there once."""
         for _ in range(2):
             if self._run is None:
                 return None
             try:
                 with files_in(self.folder):
-                    return _bounded(self.seconds, operator.attrgetter(path)(self._run), *given, **more)
+                    return bounded(self.seconds, operator.attrgetter(path)(self._run), *given, **more)
             except Exception as error:
+                if self.mode != "online":
+                    self._warn(error, f"a call of {path} was left out")
+                    return None
                 self._fall_back(error)
         return None
 
     def _fall_back(self, error: Exception) -> None:
-        """Leave a run whose W&B died and begin an offline one of the same id; none where that happened before."""
-        failed_before, self._run = self.warned, None
+        """Leave an online run whose W&B died and begin an offline one of the same id."""
+        self._run = None
         self._warn(error, "the rest of the run is kept offline")
         _stop_service()
-        if not failed_before:
-            self._begin("offline")
+        self._begin("offline")
 
     def _warn(self, error: Exception, what_now: str) -> None:
         """Warn of the first failure; the others follow from it."""
@@ -202,15 +204,19 @@ class WandbRun:
             log.debug("W&B: %s", error)
             return
         self.warned = True
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        log.warning("W&B could not be reached (%s): %s.", reason, what_now)
+        log.warning("W&B could not be reached (%s): %s.", first_line(error), what_now)
 
 
-def _has_key() -> bool:
-    """Say whether there is a key, without asking for one, as `wandb.init` would at a terminal."""
+def has_key() -> bool:
+    """Say whether there is a key for W&B, without asking for one, as `wandb.init` would at a terminal."""
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -236,7 +242,7 @@ class _Nothing:
         return self
 
 
-def _bounded(seconds: float, call: Callable[..., Any], *given: Any, **more: Any) -> Any:
+def bounded(seconds: float, call: Callable[..., Any], *given: Any, **more: Any) -> Any:
     """Return what a call gives; raise TimeoutError where it takes longer, and leave it behind.
 
     Before a table or an artifact is logged wandb asks its server a question, for as long as that takes.
@@ -260,8 +266,18 @@ def _bounded(seconds: float, call: Callable[..., Any], *given: Any, **more: Any)
 
 
 def _stop_service(seconds: float = 5.0) -> None:
-    """End wandb's own process, which may be what failed, so that the next run starts another."""
-    import wandb
+    """End wandb's own process, which may be what failed, so that the next run starts another.
 
+    It would go on trying to send for hours, and a pipe behind this program would wait for it. Where the program has a
+    wandb run of its own, that process is left alone.
+    """
+    import wandb
+    from wandb.sdk import wandb_setup
+
+    if wandb.run is not None:
+        return
+    process = getattr(getattr(wandb_setup.singleton(), "_connection", None), "_proc", None)
     with contextlib.suppress(Exception):
-        _bounded(seconds, wandb.teardown)
+        bounded(seconds, wandb.teardown)
+    with contextlib.suppress(Exception):
+        process._process.kill()  # type: ignore[union-attr]  # wandb has no public way
