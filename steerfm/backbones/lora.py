@@ -182,7 +182,9 @@ def _layers(network: nn.Module) -> list[str]:
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(tuple(uncalled))
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and getattr(module, "groups", 1) == 1  # peft's additions to grouped convolutions cannot be merged
+        and not name.startswith(tuple(uncalled))
     ]
 
 
