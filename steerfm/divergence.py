@@ -89,7 +89,12 @@ def monitor(
     condition: Condition | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Return the mean divergence D and the mean semigroup defect of the tuned map at its own samples x0."""
+    """Return the mean divergence D and the mean semigroup defect of the tuned map at its own samples x0.
+
+    A partial map has neither: it knows no velocity and no jump to where another could start.
+    """
+    if flow_map.partial:
+        return {}
     x1 = torch.randn(x0.shape, generator=generator).to(x0)
     t = EARLIEST + (1 - EARLIEST) * torch.rand(len(x0), generator=generator).to(x0)
     divergence = velocity_divergence(flow_map, reference, x0, x1, t, condition)
