@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from steerfm.flow_map import FlowMap
+
 diffusers: Any = importlib.import_module("diffusers")  # its lazy names are unknown to type checkers
 
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "the", "blurred")
@@ -201,9 +203,7 @@ def pixart() -> Any:
     )  # fmt: skip
     return diffusers.PixArtSigmaPipeline(
         tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae(), transformer=lively(transformer),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.0001, beta_end=0.02, timestep_spacing="trailing", clip_sample=False
-        ),
+        scheduler=ddim(),
     )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ TURBO |= {"timestep_spacing": "trailing", "steps_offset": 1}
 
 
 def ddim(**more: Any) -> Any:
-    """Return DDIM's scheduler as Stable Diffusion takes it, except that it steps from the last training step to data."""
+    """Return DDIM's scheduler as Stable Diffusion takes it, except that its last step ends on data."""
     return diffusers.DDIMScheduler(**(TURBO | {"clip_sample": False, "set_alpha_to_one": True} | more))
 
 
@@ -236,3 +236,25 @@ def save(name: str, folder: Path) -> Path:
     """Write one of PIPELINES into a folder."""
     PIPELINES[name]().save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+class Loader:
+    """Write each tiny pipeline once, and load it as a map or as it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        diffusers.utils.logging.disable_progress_bar()
+
+    def path(self, name: str) -> str:
+        folder = self.folder / name
+        if not folder.exists():
+            save(name, folder)
+        return str(folder)
+
+    def map(self, name: str, **options: Any) -> FlowMap:
+        return FlowMap.from_pretrained(self.path(name), **options)
+
+    def pipeline(self, name: str) -> Any:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path(name))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
