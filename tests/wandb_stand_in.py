@@ -84,7 +84,7 @@ class StandIn:
 
     def blob(self, entry: dict[str, Any]) -> bytes:
         """Return the bytes that a manifest's entry stands for."""
-        return self.uploads[f"blob/{base64.b64decode(entry['digest']).hex()}"]
+        return self.uploads[f"blob/{_hex(entry['digest'])}"]
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
         """Return the committed artifacts of a type, oldest first."""
@@ -189,7 +189,7 @@ class StandIn:
     def on_CreateArtifactFiles(self, variables: dict[str, Any]) -> Any:
         edges = []
         for spec in (variables.get("input") or {}).get("artifactFiles") or variables["artifactFiles"]:
-            place = f"{self.url}/put/blob/{base64.b64decode(spec['md5']).hex()}"
+            place = f"{self.url}/put/blob/{_hex(spec['md5'])}"
             node = {"id": "f", "name": spec["name"], "displayName": spec["name"], "uploadUrl": place}
             node |= {"uploadHeaders": [], "storagePath": spec["name"], "artifact": {"id": spec["artifactID"]}}
             edges.append({"node": {**node, "uploadMultipartUrls": None}})
@@ -236,6 +236,18 @@ class StandIn:
     def on_FetchArtifactManifest(self, variables: dict[str, Any]) -> Any:
         place = {"directUrl": f"{self.url}/get/{variables['id']}/wandb_manifest.json"}
         return {"artifact": {"currentManifest": {"file": place}}}
+
+    def on_GetArtifactMembershipFileUrls(self, variables: dict[str, Any]) -> Any:
+        known = self._newest(variables["collection"])
+        assert known is not None
+        entries = json.loads(self.uploads[f"{known['id']}/wandb_manifest.json"])["contents"]
+        nodes = [
+            {"__typename": "File", "name": name, "directUrl": f"{self.url}/get/blob/{_hex(entry['digest'])}"}
+            for name, entry in entries.items()
+        ]
+        files = {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [{"node": node} for node in nodes]}
+        collection = {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}
+        return {"project": {"artifactCollection": collection}}
 
     def _newest(self, name: str) -> dict[str, Any] | None:
         found = [each for each in self.artifacts.values() if each["name"] == name.split(":")[0]]
@@ -296,6 +308,10 @@ def _encoded(name: str) -> str:
 
 def _decoded(identity: str) -> str:
     return base64.b64decode(identity).decode()
+
+
+def _hex(digest: str) -> str:
+    return base64.b64decode(digest).hex()
 
 
 def _sequence(name: str) -> dict[str, Any]:
