@@ -133,4 +133,4 @@ def _output(flow_map: FlowMap) -> Tensor:
     view = copy_around(flow_map).eval()
     x = noise([0, 1], view.data_shape, dtype=view.dtype, device=view.device)
     condition = None if view.conditioner is None else view.conditioner.null(2).to(view.device)  # type: ignore[operator]
-    return view.average_velocity(x, 0.9, 0.2, condition)
+    return view.average_velocity(x, 0.9, 0.0 if view.partial else 0.2, condition)
