@@ -86,6 +86,7 @@ Fine-tuning <docs/finetuning>
 The taxonomy <docs/taxonomy>
 Data <docs/data>
 Conditions <docs/conditions>
+Pretrained models <docs/pretrained>
 Metrics <docs/metrics>
 Rewards <docs/rewards>
 Recipes <docs/recipes>
