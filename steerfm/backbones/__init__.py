@@ -1,7 +1,17 @@
 """Pretrained models, and what of a map is trained: low-rank additions to its layers, or some of its layers alone."""
 
 from steerfm.backbones.chosen_layers import ChosenLayers
+from steerfm.backbones.export import export_diffusers
 from steerfm.backbones.lora import LoRA, merged, with_scale, without_lora
 from steerfm.backbones.lora_files import load_adapter, save_adapter
 
-__all__ = ["ChosenLayers", "LoRA", "load_adapter", "merged", "save_adapter", "with_scale", "without_lora"]
+__all__ = [
+    "ChosenLayers",
+    "LoRA",
+    "export_diffusers",
+    "load_adapter",
+    "merged",
+    "save_adapter",
+    "with_scale",
+    "without_lora",
+]

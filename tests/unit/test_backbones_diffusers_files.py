@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from steerfm import MLP, BestOfN, Unsteered
-from steerfm.backbones import LoRA, load_adapter, save_adapter
+from steerfm.backbones import LoRA, load_adapter, merged, save_adapter
 from steerfm.backbones.diffusers import scheduler_times
+from steerfm.backbones.export import export_diffusers
+from steerfm.backbones.families import packed
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.errors import CheckpointError, ConfigError, SteerfmError, TrustError
 from steerfm.flow_map import FlowMap
@@ -335,3 +337,64 @@ def test_a_hub_id_is_kept_with_its_commit(loader: Any, monkeypatch: pytest.Monke
     files = PipelineFiles("org/name", variant="fp16")
     assert files.pinned() == PipelineFiles("org/name", "0123abc", "fp16")
     assert PipelineFiles(loader.path("sd3")).pinned().revision is None
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+def moved(flow_map: FlowMap) -> FlowMap:
+    """Return the map with what trains of it moved, as training moves it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow_map.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return flow_map
+
+
+def by_diffusers(pipeline: Any, name: str, flow_map: FlowMap, x1: torch.Tensor) -> torch.Tensor:
+    more: dict[str, Any] = {"use_resolution_binning": False} if name.startswith(("sana", "pixart")) else {}
+    if name == "sana-sprint":
+        more["intermediate_timesteps"] = None
+    height, width = (2 * side for side in flow_map.data_shape[1:])
+    return pipeline(
+        PROMPTS, latents=packed(x1) if name.startswith("flux") else x1, num_inference_steps=1, guidance_scale=1.0,
+        output_type="pt", height=height, width=width, **more,
+    ).images  # fmt: skip
+
+
+FAMILIES = ["sd3", "flux-dev", "sana", "sana-sprint", "lcm", "sd-turbo", "sdxl-turbo"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_diffusers_loads_our_additions(loader: Any, tmp_path: Path, name: str):
+    base = loader.map(name, guidance_scale=1.0, **({"size": 16} if name.startswith("flux") else {}))
+    tuned = moved(LoRA(2, alpha=3)(base))
+    x1 = torch.randn(2, *base.data_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before, after = (each.decode(each.look_ahead(x1, 1.0, each.encode_prompts(PROMPTS))) for each in (base, tuned))
+    assert (after - before).abs().max() > 0.05
+    pipeline = loader.pipeline(name)
+    pipeline.load_lora_weights(export_diffusers(tuned, tmp_path))
+    assert (by_diffusers(pipeline, name, base, x1) - after).abs().max() < 1e-3
+    assert torch.equal(tuned.decode(tuned.look_ahead(x1, 1.0, tuned.encode_prompts(PROMPTS))), after)  # left as it was
+    pipeline.unload_lora_weights()
+    assert (by_diffusers(pipeline, name, base, x1) - before).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd3", "transformer"), ("lcm", "unet"), ("pixart", "transformer")])
+def test_plain_diffusers_loads_our_whole_network(loader: Any, tmp_path: Path, name: str, part: str):
+    tuned = merged(moved(LoRA(2)(loader.map(name, guidance_scale=1.0))))
+    x1 = torch.randn(2, *tuned.data_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = tuned.decode(tuned.look_ahead(x1, 1.0, tuned.encode_prompts(PROMPTS)))
+    export_diffusers(tuned, tmp_path)
+    pipeline = loader.pipeline(name)
+    network = type(getattr(pipeline, part)).from_pretrained(tmp_path, subfolder=part)
+    pipeline.register_modules(**{part: network})
+    assert (by_diffusers(pipeline, name, tuned, x1) - expected).abs().max() < 1e-3
+
+
+def test_other_maps_have_no_form_in_diffusers(tmp_path: Path):
+    with pytest.raises(ConfigError, match="have a form in diffusers"):
+        export_diffusers(FlowMap(MLP((2,), width=8, depth=1)), tmp_path)
