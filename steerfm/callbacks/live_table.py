@@ -82,12 +82,12 @@ def picture(pixels: np.ndarray) -> Any:
 
 def log_sheet(loggers: Sequence[Any], sheet: Tensor, title: str, step: int) -> None:
     """Log a sheet of pictures (C, H, W) in [0, 1] to W&B and to TensorBoard, where a run logs there."""
+    pixels = images.to_uint8(sheet[None])[0]
     for logger in wandb_loggers(loggers):
-        drawn = picture(images.to_uint8(sheet[None])[0])
-        logger.experiment.log({title: drawn, "trainer/global_step": step})
+        logger.experiment.log({title: picture(pixels), "trainer/global_step": step})
     for logger in loggers:
         if type(logger).__name__ == "TensorBoardLogger":
-            logger.experiment.add_image(title, sheet.detach().cpu().float().clamp(0, 1), step)
+            logger.experiment.add_image(title, pixels, step, dataformats="HWC")
 
 
 def _number(value: Tensor) -> float | None:

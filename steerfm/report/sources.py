@@ -17,7 +17,6 @@ from torch import Tensor
 
 from steerfm.errors import RunError, nearest
 from steerfm.records import StoredSamples
-from steerfm.report.remote import PREFIX, fetched
 from steerfm.runs import Run, RunInfo
 
 COSTS = ("network_calls", "reward_calls", "reward_gradients", "seconds")
@@ -109,7 +108,6 @@ def load(path: str | Path, root: str | Path = "runs") -> Source:
 def expand(paths: Sequence[str | Path] | str | Path, root: str | Path = "runs") -> list[str]:
     """Return the runs that are meant: a run as it is; of a folder of runs (a sweep) or a pattern, every run in it.
 
-    wandb:ENTITY/PROJECT/ID is a run in W&B, which is downloaded first.
     Raises RunError for a folder or a pattern without runs, and leaves what is no folder for `load` to name.
     """
     found: list[str] = []
@@ -120,8 +118,6 @@ def expand(paths: Sequence[str | Path] | str | Path, root: str | Path = "runs") 
 
 def _meant(text: str, root: Path) -> list[str]:
     """Return the runs that one entry means, by name below the root, those of a sweep in natural order."""
-    if text.startswith(PREFIX):
-        return [fetched(text, root)]
     if any((folder / "run.json").is_file() for folder in (Path(text), root / text)):
         return [text]
     if any(character in text for character in "*?["):

@@ -16,7 +16,7 @@ from steerfm.report.compare import Comparison
 from steerfm.report.pictures import chosen_pairs, read_picture, rows_by_pair
 from steerfm.report.plan import front, lines_key, pictures_key, plan
 from steerfm.report.sources import Source
-from steerfm.report.wandb_run import SECONDS_TO_REACH, WandbRun, resolve_mode, run_id
+from steerfm.report.wandb_run import SECONDS_TO_REACH, SECONDS_TO_SEND, WandbRun, resolve_mode, run_id
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def begin(folder: Path, name: str, project: str = "steerfm") -> None:
     import wandb
 
     chosen = resolve_mode()
-    silent = wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_REACH)
+    silent = wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_REACH, finish_timeout=SECONDS_TO_SEND)
     given: dict[str, Any] = {"project": project, "name": name, "dir": str(folder), "settings": silent}
     try:
         wandb.init(mode=chosen, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import time
@@ -11,16 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
+import wandb_files
 from PIL import Image
 from tiny_recipes import tiny
 from wandb_stand_in import ENTITY, KEY, StandIn, stand_in
 
-from steerfm import report
+from steerfm import config, report
 from steerfm.cli import main
 from steerfm.errors import RunError
 from steerfm.report import remote, wandb_run
 
 LOGGED = ["logger=wandb", "trainer.log_every_n_steps=1"]
+
+
+def logged(recipe: str) -> str:
+    """Return the override that lets a recipe log to W&B, whether or not it names a logger itself."""
+    return "logger=wandb" if "logger" in config.preview([f"recipe={recipe}"]) else "+logger=wandb"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stan
         tuning = [*tiny("digits_finetune", "reward=brightness"), "name=tuned", "map=runs/base", *LOGGED]
         assert main([*tuning, "callbacks.guard.every=1"]) == 0
         for command, map_name in (("digits_sample", "base"), ("digits_steer", "tuned")):
-            asked = [*tiny(command, "reward=brightness"), f"name={command}", f"map=runs/{map_name}", "+logger=wandb"]
-            assert main(asked) == 0
+            asked = [*tiny(command, "reward=brightness"), f"name={command}", f"map=runs/{map_name}"]
+            assert main([*asked, logged(command)]) == 0
         yield folder, server
 
 
@@ -128,13 +136,13 @@ def test_runs_in_wandb_compare_as_they_do_here(server: StandIn, tmp_path: Path) 
     names = ["digits_sample", "digits_steer"]
     local = report.compare(names).records()
     addresses = [f"wandb:{ENTITY}/steerfm/{record(name)['id']}" for name in names]
-    there = report.compare(addresses, root=tmp_path).records()
+    there = report.compare([remote.fetched(each, tmp_path) for each in addresses], root=tmp_path).records()
     assert there == [{**row, "run": there[i]["run"]} for i, row in enumerate(local)]
     assert there[1]["temperature"] == 0.1 and there[1]["tuning_seconds"] > 0  # known of the runs before it
     asked = len(server.asked)
-    assert report.compare(addresses, root=tmp_path).records() == there
+    names = [remote.fetched(each, tmp_path) for each in addresses]
+    assert report.compare(names, root=tmp_path).records() == there
     assert len(server.asked) == asked  # they are here now
-    assert main(["compare", f"runs=[{addresses[0]},digits_steer]", "name=mixed"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_runs_in_wandb_compare_as_they_do_here(server: StandIn, tmp_path: Path) 
 )
 def test_an_address_of_no_run_is_one_sentence(server: StandIn, tmp_path: Path, address: str, said: str) -> None:
     with pytest.raises(RunError, match=said) as caught:
-        report.compare([address], root=tmp_path)
+        remote.fetched(address, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.*"))
 
@@ -183,6 +191,7 @@ def test_references_and_giants_are_not_downloaded(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_key_is_ever_told(server: StandIn, here: Path) -> None:
+    assert server.unknown == []
     assert not any(KEY.encode() in body for body in server.bodies)
     files = [path for path in (here / "runs").rglob("*") if path.is_file()]
     assert not any(KEY.encode() in path.read_bytes() for path in files)
@@ -217,3 +226,84 @@ def test_runs_end_well_without_wandb(
             folder = here / "runs" / f"{command}_{trouble}"
             assert json.loads((folder / "run.json").read_text())["status"] == "finished"
             assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.fixture
+def offline(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the place of runs where W&B is offline."""
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()
+    yield here
+    wandb.teardown()
+
+
+def test_an_offline_run_read_back_holds_everything(offline: Path) -> None:
+    tuning = [*tiny("digits_finetune", "reward=brightness"), "name=offline", "map=runs/base", *LOGGED]
+    assert main([*tuning, "callbacks.guard.every=1"]) == 0
+    folder = offline / "runs" / "offline"
+    kept = folder / "wandb"
+    (run,) = kept.glob("offline-run-*")
+    wandb.teardown()  # which closes its files
+    history, metrics = wandb_files.histories(run), json.loads((folder / "metrics.json").read_text())
+    measured = [row for row in history if "guard/reward" in row]
+    assert [row["trainer/global_step"] for row in measured] == [0, 1, 2]
+    assert [measured[-1][name] for name in ("guard/reward", "guard/divergence")] == pytest.approx(
+        [metrics["guard/reward"], metrics["guard/divergence"]], rel=1e-6
+    )
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == 2 and losses[-1] == pytest.approx(metrics["loss"], rel=1e-6)
+    told = wandb_files.config(run)
+    assert told["map"] == "runs/base" and told["module"]["temperature"] == 0.13
+    parts = sorted(wandb_files.tables(kept), key=lambda rows: rows[0]["step"])
+    assert [row["step"] for rows in parts for row in rows] == [0] * 10 + [1] * 10 + [2] * 10
+    waiting = wandb_files.pictures(kept)
+    sheet = pixels(Path("runs/offline/pictures/guard_0000002.png").read_bytes())[::4, ::4]
+    for i, row in enumerate(parts[-1]):
+        shown = pixels(waiting[row["picture"]["sha256"]])
+        top, left = shown.shape[0] + 2, 1 + i * (shown.shape[0] + 1)  # below the base's
+        assert (sheet[top : top + shown.shape[0], left : left + shown.shape[0]] == shown).all()
+    artifacts = wandb_files.artifacts(run)
+    assert artifacts["base"].type == artifacts["offline"].type == "model"
+    assert artifacts["base"].use_after_commit and not artifacts["offline"].use_after_commit
+    assert not list(kept.rglob("*.safetensors"))  # a model is sent from where it lies
+
+
+def test_a_switch_leaves_the_artifacts_out(offline: Path) -> None:
+    assert main([*tiny("digits"), "name=light", *LOGGED, "logger.artifacts=false"]) == 0
+    (run,) = (offline / "runs" / "light" / "wandb").glob("offline-run-*")
+    wandb.teardown()
+    assert wandb_files.histories(run)
+    assert [name for name, each in wandb_files.artifacts(run).items() if each.type in ("model", "run")] == []
+
+
+def test_the_other_loggers_get_figures_and_tensorboard_pictures(here: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([*tiny("digits"), "name=board", "logger=tensorboard", "trainer.log_every_n_steps=1"]) == 0
+    events = EventAccumulator("runs/board/logs/tensorboard")
+    events.Reload()
+    tags = events.Tags()
+    assert tags["images"] == ["grid"] and len(events.Scalars("loss")) == 2
+    drawn = pixels(events.Images("grid")[-1].encoded_image_string)
+    assert (drawn == pixels(Path("runs/board/pictures/step_0000002.png").read_bytes())[::4, ::4]).all()
+    for logger in ("tensorboard", "csv"):
+        asked = [*tiny("digits_steer", "reward=brightness"), f"name=steer_{logger}", "map=runs/base"]
+        assert main([*asked, logged("digits_steer").replace("wandb", logger)]) == 0
+    events = EventAccumulator("runs/steer_tensorboard/logs/tensorboard")
+    events.Reload()
+    rewards = json.loads(Path("runs/steer_tensorboard/metrics.json").read_text())
+    assert events.Scalars("reward")[0].value == pytest.approx(rewards["reward"])
+    assert len(events.Scalars("steering/reward")) == 2
+    (table,) = Path("runs/steer_csv/logs").rglob("metrics.csv")
+    head = table.read_text().splitlines()[0].split(",")
+    assert {"reward", "held_out/judge", "cost/network_calls", "steering/reward"} <= set(head)
+
+
+def test_without_its_package_tensorboard_is_one_sentence(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*tiny("digits"), "name=no_board", "logger=tensorboard"]) == 2
+    said = capsys.readouterr()
+    assert "logger=tensorboard needs the package 'tensorboard'" in said.out + said.err
