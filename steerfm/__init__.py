@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from steerfm.analytic import GaussianMixture, QuadraticReward, analytic_flow_map
     from steerfm.backbones import ChosenLayers, LoRA
     from steerfm.building import remembered
-    from steerfm.callbacks import EMA, GuardRails, LossByInterval, SampleGrid
+    from steerfm.callbacks import EMA, DurableCheckpoints, GuardRails, LossByInterval, RandomState, SampleGrid
     from steerfm.conditions import CaptionWords, FrozenText, Labels, Pictures
     from steerfm.data import Digits, HuggingFaceData, ImageFolder, Latents, Points, Prompts, PromptSeeds, Shapes
     from steerfm.finetuning import (
@@ -64,7 +64,7 @@ _HOMES = {
     "steerfm.analytic": ("GaussianMixture", "QuadraticReward", "analytic_flow_map"),
     "steerfm.backbones": ("ChosenLayers", "LoRA"),
     "steerfm.building": ("remembered",),
-    "steerfm.callbacks": ("EMA", "GuardRails", "LossByInterval", "SampleGrid"),
+    "steerfm.callbacks": ("EMA", "DurableCheckpoints", "GuardRails", "LossByInterval", "RandomState", "SampleGrid"),
     "steerfm.conditions": ("CaptionWords", "FrozenText", "Labels", "Pictures"),
     "steerfm.data": (
         "Digits",
@@ -141,6 +141,7 @@ __all__ = [
     "Digits",
     "DirectBackprop",
     "DirectPreference",
+    "DurableCheckpoints",
     "Eulerian",
     "FlowMap",
     "FlowMapControl",
@@ -174,6 +175,7 @@ __all__ = [
     "PromptSeeds",
     "Prompts",
     "QuadraticReward",
+    "RandomState",
     "Reward",
     "RewardAdaptive",
     "RewardDistillation",

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from steerfm.errors import RunError
 
@@ -27,24 +28,45 @@ _held: dict[Path, int] = {}  # the folders that this process holds, and the open
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write `data` to `path`: either all of it is there afterwards, or what was there before.
 
-    The bytes go to a temporary file in the same folder, are flushed to disk, and take the file's place in one
-    step. Without `durable` they are not flushed, which is much faster for thousands of small files, and only a
+    Without `durable` the bytes are not flushed to disk, which is much faster for thousands of small files, and only a
     power failure could lose them. Raises RunError if the folder cannot be written or the disk is full.
+    """
+    with replacing(path, durable=durable) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file in `path`'s folder that takes its place in one step when the block ends without an error.
+
+    File and folder are flushed to disk where it is to be `durable`. Raises RunError as `write_atomic` does.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
         temporary.replace(path)
+        if durable:
+            _flush_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's own entries, so that a new name in it outlives a power failure; not every system lets us."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from steerfm.callbacks import DurableCheckpoints, RandomState
 from steerfm.commands import common, loggers
 from steerfm.config import Composed
 from steerfm.errors import CheckpointError
@@ -73,8 +74,8 @@ def last_good(run: Run) -> Path | None:
 
 def _trainer(recipe: Composed, run: Run, logger: Any) -> Any:
     callbacks = common.callbacks(recipe, recipe.values["trainer"].get("max_steps", -1))
-    callbacks.append(_checkpoints(run, recipe.values["checkpoint_every"]))
-    return common.trainer(recipe, run, callbacks=callbacks, logger=logger)
+    callbacks += [_checkpoints(run, recipe.values["checkpoint_every"]), RandomState()]
+    return common.trainer(recipe, run, callbacks=callbacks, logger=logger, plugins=[DurableCheckpoints()])
 
 
 def _checkpoints(run: Run, every: int) -> ModelCheckpoint:
