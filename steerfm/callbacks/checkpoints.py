@@ -46,9 +46,9 @@ class RandomState(Callback):
     """Keep the state of Python's, NumPy's and PyTorch's generators, of every process, in checkpoints.
 
     A resumed run then draws what it would have drawn: dropout in a network of your own, say. steerfm's own noise needs
-    none of it, since it is a function of seed and step. It is for runs of one long epoch, as steerfm's data are: between
-    epochs Lightning and a DataLoader draw themselves. With another number of processes the states do not fit, and
-    CheckpointError says so where it is `strict`; else each process begins anew.
+    none of it, since it is a function of seed and step. It is for runs of one long epoch, which steerfm's data make:
+    between epochs Lightning and a DataLoader draw themselves. With another number of processes the states do not fit,
+    and CheckpointError says so where it is `strict`; else each process begins anew.
     """
 
     def __init__(self, strict: bool = False) -> None:
