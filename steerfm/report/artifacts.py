@@ -77,7 +77,7 @@ def model_artifact(folder: Path, record: Record) -> Any:
     if not (record.artifacts and record.model and saved.is_dir()):
         return None
     made = _artifact(record.name, "model", {"run": record.id, "saved_as": record.model})
-    made.add_dir(str(saved), policy="immutable", skip_cache=True)
+    made.add_dir(str(saved.resolve()), policy="immutable", skip_cache=True)
     return made
 
 
@@ -89,7 +89,7 @@ def folder_artifact(folder: Path, record: Record) -> Any:
     for path in [folder / name for name in COMPARED] + sorted(folder.glob(PICTURES)):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            made.add_file(str(path), name=name, policy="immutable", skip_cache=True)
+            made.add_file(str(path.resolve()), name=name, policy="immutable", skip_cache=True)
     return made
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,7 +240,9 @@ def offline(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     wandb.teardown()
 
 
-def test_an_offline_run_read_back_holds_everything(offline: Path) -> None:
+def test_an_offline_run_read_back_holds_everything(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuning = [*tiny("digits_finetune", "reward=brightness"), "name=offline", "map=runs/base", *LOGGED]
     assert main([*tuning, "callbacks.guard.every=1"]) == 0
     folder = offline / "runs" / "offline"
@@ -267,6 +271,21 @@ def test_an_offline_run_read_back_holds_everything(offline: Path) -> None:
     assert artifacts["base"].type == artifacts["offline"].type == "model"
     assert artifacts["base"].use_after_commit and not artifacts["offline"].use_after_commit
     assert not list(kept.rglob("*.safetensors"))  # a model is sent from where it lies
+    check_sent(run, tmp_path, monkeypatch)
+
+
+def check_sent(run: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that an offline run is sent whole, from another folder."""
+    with stand_in(monkeypatch, elsewhere / "home") as server:
+        subprocess.run([sys.executable, "-m", "wandb", "sync", str(run.resolve())], cwd=elsewhere, check=True)
+        models = {a["name"]: a for a in server.of_type("model")}
+        assert {name: server.files(a) for name, a in models.items()} == {
+            name: {path.name: path.read_bytes() for path in Path("runs", name, "map").iterdir()}
+            for name in ("base", "offline")
+        }
+        assert [artifact for _, artifact in server.used] == [models["base"]["id"]]
+        assert len(server.of_type("run")) == 1 and len(server.of_type("wandb-run-incremental-table")) == 3
+        assert server.unknown == []
 
 
 def test_a_switch_leaves_the_artifacts_out(offline: Path) -> None:
