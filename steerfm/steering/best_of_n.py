@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass
 
 import torch
 
-from steerfm.flow_map import FlowMap
-from steerfm.sampling import few_jumps
+from steerfm.solvers import noising
 from steerfm.steering.argmax import NOTE
 from steerfm.steering.common import Outcome, Run, Steering, check_counts, check_temperature, pick
 from steerfm.steering.populations import draw_by_weight, log_mean_exp
-from steerfm.types import Condition, State
+from steerfm.times import time_grid
+from steerfm.types import State
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class BestOfN(Steering):
 
     temperature None: argmax, which has no tilt as its target. With a temperature, one candidate is drawn with
     weights exp(r / temperature): consistent for the tilted density as n grows (importance sampling from the
-    prior). Needs no gradient of the reward. A budget bounds the number of candidates.
+    prior). Needs no gradient of the reward. A budget bounds the number of candidates. A partial map draws them as
+    `renoised` does.
     """
 
     n: int = 16
@@ -39,7 +40,7 @@ class BestOfN(Steering):
         x1 = run.noise(self.n).reshape(pairs, self.n, *run.flow_map.data_shape)
         drawn, judged = [], []
         for wave in run.waves(self.n):
-            x0 = run.rows(self._jump(run.flow_map), x1[:, wave].flatten(0, 1))
+            x0 = self._drawn(run, x1[:, wave].flatten(0, 1), wave)
             drawn.append(x0.reshape(pairs, -1, *x0.shape[1:]))
             judged.append(run.rewards(x0).reshape(pairs, -1))
             run.record(reward=torch.cat(judged, 1).max(1).values)
@@ -53,5 +54,15 @@ class BestOfN(Steering):
         evidence = log_mean_exp(log_weights)
         return Outcome(pick(particles.flatten(0, 1), chosen), log_weights.log_softmax(1), particles, evidence)
 
-    def _jump(self, flow_map: FlowMap) -> Callable[[State, Condition | None], State]:
-        return lambda x1, condition: few_jumps(flow_map, x1, self.jumps, condition)
+    def _drawn(self, run: Run, x: State, wave: slice) -> State:
+        """Return x carried to data in `jumps` jumps; by a partial map to data and, with fresh noise, back each time."""
+        for i, (s, t) in enumerate(itertools.pairwise(time_grid(self.jumps))):
+            if not run.flow_map.partial:
+                x = run.jump(x, s, t)
+                continue
+            x = run.look_ahead(x, s)
+            if t > 0:
+                kept, std = noising(run.flow_map.path, 0.0, t)
+                fresh = run.noise(self.n, "step", i).reshape(len(run.seeds), self.n, *x.shape[1:])
+                x = kept * x + std * fresh[:, wave].flatten(0, 1)
+        return x
