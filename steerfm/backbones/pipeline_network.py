@@ -47,6 +47,7 @@ class PipelineNetwork(nn.Module):
         self.scheduler = files.part("scheduler")
         self.conversion = conversion_of(self.scheduler)
         self.partial = (kind or kind_of(self.scheduler)) == "partial"
+        self.velocity_only = not self.partial
         self.model: Any = files.part(self.family.network).requires_grad_(True)
         config = self.model.config
         self.guidance_input = self.family.guidance_input(config)

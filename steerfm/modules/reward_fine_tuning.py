@@ -18,7 +18,7 @@ from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
 from steerfm.finetuning.noise_adapter import with_conditioner
-from steerfm.flow_map import FlowMap
+from steerfm.flow_map import FlowMap, declared
 from steerfm.modules.common import Followers, Guest, batches_so_far, configure, save_averaged, step_generator
 from steerfm.networks.sharing import copy_around
 from steerfm.objectives import Compositional
@@ -39,13 +39,13 @@ class RewardFineTuning(lightning.LightningModule):
     steerfm.finetuning. temperature: the target is p(x0) exp(r(x0) / temperature), positive. held_out: rewards that are
     logged and never optimised. consistency: an objective that brings the jumps to where the velocity has gone, on the
     tuned map's own samples, with weight consistency_weight and intervals from `times`, off the diagonal; by default
-    `Compositional()` for methods that move the velocity alone, None is none. jumps: in which samples are drawn for it
-    and for the monitor, where the method draws none. adapter: makes the map that is tuned from the one given, and says
-    which of its parameters are; all by default. monitor_every: steps between measurements of held-out rewards, of the
-    divergence D from the reference and of the semigroup defect. micro_batch: pictures decoded and scored at once. The
-    reference is the map as given here, frozen; weights that the adapter freezes are held once. Reward, held-out rewards
-    and reference stay out of checkpoints and of the optimiser. seed: of all noise, which depends on (seed, batch, row)
-    and not on the number of processes.
+    `Compositional()` for methods that move the velocity alone, unless the map has nothing else; None is none. jumps: in
+    which samples are drawn for it and for the monitor, where the method draws none. adapter: makes the map that is
+    tuned from the one given, and says which of its parameters are; all by default. monitor_every: steps between
+    measurements of held-out rewards, of the divergence D from the reference and of the semigroup defect. micro_batch:
+    pictures decoded and scored at once. The reference is the map as given here, frozen; weights that the adapter
+    freezes are held once. Reward, held-out rewards and reference stay out of checkpoints and of the optimiser. seed: of
+    all noise, which depends on (seed, batch, row) and not on the number of processes.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class RewardFineTuning(lightning.LightningModule):
             given = with_conditioner(given, self.flow_map.conditioner)  # which it does not read
         self._reference = Guest(copy_around(given, [p for p in given.parameters() if not p.requires_grad]))
         self.temperature = temperature
-        auto = Compositional() if self.method.moves == "velocity" else None
+        jumps_apart = not declared(flow_map.network, "velocity_only", False)
+        auto = Compositional() if self.method.moves == "velocity" and jumps_apart else None
         self.consistency = auto if consistency == "auto" else consistency
         self.consistency_weight = consistency_weight
         self.times = times or Anchored(Triangle(diagonal=0.0))

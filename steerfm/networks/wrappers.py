@@ -17,6 +17,8 @@ class VelocityNetwork(nn.Module):
     are Euler steps: a teacher, or the start of distillation. data_shape: that of the network where it has one.
     """
 
+    velocity_only = True
+
     def __init__(self, network: nn.Module, data_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.network = network

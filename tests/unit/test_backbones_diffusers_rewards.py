@@ -11,11 +11,21 @@ import torch
 from tiny_encoders import save_open_clip
 from trainers import trainer
 
-from steerfm import BestOfN, DirectBackprop, FlowMapTilting, LookAheadGuidance, Prompts, RewardFineTuning, Unsteered
+from steerfm import (
+    BeamSearch,
+    BestOfN,
+    DirectBackprop,
+    FlowMapTilting,
+    LookAheadGuidance,
+    Prompts,
+    RewardFineTuning,
+    Unsteered,
+)
 from steerfm.backbones import LoRA
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.rewards.clip import CLIPScore
+from steerfm.steering.common import Budget, Watch
 
 tiny: Any = pytest.importorskip("tiny_pipelines")
 
@@ -99,13 +109,34 @@ def test_fine_tuning_finds_more_reward(loader: Any, reward: CLIPScore, tmp_path:
 @every_partial
 def test_a_partial_map_says_how_it_is_sampled(loader: Any, reward: CLIPScore, name: str):
     flow_map = loaded(loader, name)
-    for method, asked in ((BestOfN(2, jumps=2), 0.5), (LookAheadGuidance(2), 0.5), (FlowMapTilting(2, 2), 1)):
+    for method, asked in ((LookAheadGuidance(2), 0.5), (FlowMapTilting(2, 2), 1)):
         with pytest.raises(ConfigError, match=rf"one to t = {asked} was asked.*renoised.*kind='velocity'"):
             method(flow_map, reward, prompts=PROMPTS, seeds=SEEDS)
     with pytest.raises(ConfigError, match="renoised"):
         Unsteered("euler", 2)(flow_map, prompts=PROMPTS, seeds=SEEDS)
-    samples = Unsteered("renoised", 2)(flow_map, prompts=PROMPTS, seeds=SEEDS)
+    samples = Unsteered("renoised", 2)(flow_map, reward, prompts=PROMPTS, seeds=SEEDS)
     assert samples.cost.network_calls == 2
+    best = BestOfN(3, jumps=2)(flow_map, reward, prompts=PROMPTS, seeds=SEEDS)
+    assert torch.allclose(best.particles[:, 0], samples.x0, atol=1e-4)  # type: ignore[index]
+    assert best.rewards.mean() > samples.rewards.mean() and best.cost.network_calls == 6  # type: ignore[union-attr]
+    alone = BestOfN(3, jumps=2)(
+        flow_map, reward, prompts=PROMPTS[1:], seeds=SEEDS[1:], watch=Watch(Budget(network_calls=1000))
+    )
+    assert torch.allclose(alone.x0, best.x0[1:], atol=1e-4)  # one candidate after the other, and in another batch
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd-v"])
+def test_methods_that_move_the_velocity_do_not_straighten_it(loader: Any, reward: CLIPScore, tmp_path: Path, name: str):
+    """A velocity has no jumps apart from it, which a rule of consistency could bring after."""
+    flow_map = loaded(loader, name, guidance_scale=1.0)
+    tuning = RewardFineTuning(
+        flow_map, reward, DirectBackprop(2), temperature=1.0, optimizer=partial(torch.optim.Adam, lr=1e-3)
+    )
+    assert tuning.consistency is None
+    before = flow_map.network.model.state_dict()["proj_out.weight" if name == "sd3" else "conv_out.weight"].clone()  # type: ignore[union-attr,operator]
+    trainer(tmp_path, 2).fit(tuning, Prompts(PROMPTS, prompts_per_step=2))
+    after = tuning.flow_map.network.model.state_dict()["proj_out.weight" if name == "sd3" else "conv_out.weight"]  # type: ignore[union-attr,operator]
+    assert torch.isfinite(after).all() and not torch.equal(after, before)
 
 
 @every_partial
