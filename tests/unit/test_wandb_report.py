@@ -26,6 +26,15 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> report.Comparison:
     return report.compare(names, root=root, lines=LINES)
 
 
+@pytest.fixture(scope="module")
+def online(compared: report.Comparison, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandIn, Path]]:
+    """Return a server that was told of a comparison, and the comparison's folder."""
+    folder = tmp_path_factory.mktemp("online")
+    with pytest.MonkeyPatch.context() as patch, stand_in(patch, folder / "home") as server:
+        report.log_comparison(compared, folder / "c", mode="online", name="three methods")
+        yield server, folder / "c"
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     with stand_in(monkeypatch, tmp_path / "home") as server:
@@ -42,16 +51,12 @@ def panels(block: dict[str, Any]) -> list[dict[str, Any]]:
     return block["metadata"]["panelBankSectionConfig"]["panels"]
 
 
-def test_online_the_report_is_saved_block_by_block(
-    compared: report.Comparison, server: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "steerfm")
-    kept = report.log_comparison(compared, tmp_path / "c", mode="online", name="three methods")
-    assert kept is not None and kept.name.startswith("run-")
+def test_online_the_report_is_saved_block_by_block(online: tuple[StandIn, Path]) -> None:
+    server, folder = online
     (run,) = server.runs
     view, blocks = saved(server)
-    url = json.loads((tmp_path / "c" / "report.json").read_text())["url"]
-    assert f"W&B Report: {url}" in caplog.text and url.startswith(f"{server.url}/{ENTITY}/steerfm/reports/")
+    url = json.loads((folder / "report.json").read_text())["url"]
+    assert url.startswith(f"{server.url}/{ENTITY}/steerfm/reports/")
     assert (view["displayName"], view["projectName"], view["entityName"]) == ("three methods", "steerfm", ENTITY)
     kinds = ["heading", "markdown-block", "heading", "panel-grid", "heading", "panel-grid", "heading"]
     kinds += ["markdown-block", "panel-grid", "heading", "markdown-block", "heading", "markdown-block"]
@@ -83,8 +88,8 @@ def test_online_the_report_is_saved_block_by_block(
     assert server.unknown == []
 
 
-def test_the_run_has_tables_lines_and_figures(compared: report.Comparison, server: StandIn, tmp_path: Path) -> None:
-    report.log_comparison(compared, tmp_path / "c", mode="online")
+def test_the_run_has_tables_lines_and_figures(compared: report.Comparison, online: tuple[StandIn, Path]) -> None:
+    server, folder = online
     (run,) = server.runs
     tables = {a["name"].rpartition("-")[2]: a for a in server.of_type("run_table")}
     assert set(tables) == {"figures", "pareto", "samples"}
@@ -99,7 +104,7 @@ def test_the_run_has_tables_lines_and_figures(compared: report.Comparison, serve
     assert server.summary(run)["base/reward"] == by_label["base"]["reward"]
     assert server.config(run)["runs"]["tilting, T = 0.1"]["method"] == {"temperature": 0.1}
     assert not any(KEY.encode() in body for body in server.bodies)
-    assert not any(KEY.encode() in path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
+    assert not any(KEY.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 def test_an_offline_comparison_is_published_later_by_the_command_it_names(
@@ -120,11 +125,18 @@ def test_an_offline_comparison_is_published_later_by_the_command_it_names(
 
 
 def test_what_cannot_be_published_is_one_sentence(
-    compared: report.Comparison, server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compared: report.Comparison,
+    server: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(RunError, match="compare its runs with report=wandb"):
         published.publish(tmp_path)
-    report.log_comparison(compared, tmp_path / "c", mode="online")
+    caplog.set_level("INFO", "steerfm")
+    kept = report.log_comparison(compared, tmp_path / "c", mode="online")
+    assert kept is not None and kept.name.startswith("run-")
+    assert f"W&B Report: {server.url}/{ENTITY}/steerfm/reports/" in caplog.text
     server.mood = "unauthorised"
     with pytest.raises(RunError, match=r"W&B did not take the Report \(.*user is not logged in") as caught:
         published.publish(tmp_path / "c")
