@@ -177,8 +177,8 @@ def kind_of(scheduler: Any) -> Kind:
     SDXL-Turbo have it: their files say no more than that.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    if name in ("LCMScheduler", "SCMScheduler", "FlowMatchLCMScheduler"):
-        return "partial"
+    if name in ("LCMScheduler", "SCMScheduler", "FlowMatchLCMScheduler") or config.get("stochastic_sampling"):
+        return "partial"  # their schedulers jump to data and add noise anew
     distilled = (
         name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
         and config.get("timestep_spacing") == "trailing"

@@ -90,6 +90,6 @@ def _shifted(flow_map: FlowMap, scheduler: Any, steps: int) -> dict[str, Any]:
 
 
 def is_saved_map(source: str) -> bool:
-    """Whether a folder, a run or a file is a map that steerfm saved."""
+    """Whether a folder, a run or a checkpoint holds a map that steerfm saved."""
     path = Path(source)
-    return path.is_file() or any((path / name / "flow_map.json").is_file() for name in (".", "map"))
+    return path.suffix == ".ckpt" or any((path / name / "flow_map.json").is_file() for name in (".", "map"))

@@ -146,6 +146,34 @@ def test_noise_anew_is_lcm(steps: int, prediction: str):
     assert gap(renoised(map_of(scheduler), noise(), times, draw=draws(steps)), theirs) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+        schedulers.FlowMatchLCMScheduler(shift=3.0),
+    ],
+    ids=["stochastic", "lcm"],
+)
+def test_noise_anew_on_flows(scheduler: Any):
+    assert kind_of(scheduler) == "partial"
+    theirs = scheduled(scheduler, 4, random=True)
+    times = grid_of(scheduler, conversion_of(scheduler), 4)
+    assert gap(renoised(map_of(scheduler), noise(), times, draw=draws(4)), theirs) < 1e-5
+
+
+def test_rows_of_the_table_are_differentiated_in_forward_mode():
+    """Objectives of flow maps differentiate along the time; between whole steps the answer is smooth in it."""
+    conversion = conversion_of(schedulers.DDIMScheduler(**DDIM))
+    x, s = noise().double(), torch.full((3,), 0.4567, dtype=torch.float64)
+
+    def u(s: Tensor) -> Tensor:
+        told, timestep = conversion.told(x, s)
+        return conversion.average_velocity(answer(told, timestep), x, s)
+
+    exact = torch.func.jvp(u, (s,), (torch.ones_like(s),))[1]
+    assert gap((u(s + 1e-6) - u(s - 1e-6)) / 2e-6, exact) < 1e-4
+
+
 def test_the_boundary_of_consistency_models_keeps_what_has_no_noise():
     """c_skip is 1 and c_out 0 at training step 0: the answer plays no part there."""
     conversion = conversion_of(schedulers.LCMScheduler())

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from steerfm import MLP, BestOfN, Unsteered
+from steerfm import MLP, Unsteered
 from steerfm.backbones import LoRA, load_adapter, merged, save_adapter
 from steerfm.backbones.diffusers import scheduler_times
 from steerfm.backbones.export import export_diffusers
 from steerfm.backbones.families import packed
+from steerfm.backbones.pipeline_codec import PipelineCodec
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.errors import CheckpointError, ConfigError, SteerfmError, TrustError
 from steerfm.flow_map import FlowMap
@@ -242,6 +243,12 @@ def test_tiles_slices_and_what_is_kept_for_the_gradient(loader: Any):
     assert all(parameter.grad is None for parameter in plain.codec._holder.vae.parameters())
 
 
+def test_an_autoencoder_that_overflows_in_float16_works_in_float32(loader: Any):
+    files = PipelineFiles(loader.path("sdxl-turbo"), dtype="float16")
+    assert PipelineCodec(files)._holder.on(torch.device("cpu")).dtype == torch.float32
+    assert files.part("unet").dtype == torch.float16
+
+
 # --- the map around the network ------------------------------------------------------------------------------------
 
 
@@ -318,7 +325,7 @@ def test_a_saved_map_of_low_rank(loader: Any, tmp_path: Path):
     tuned.save(tmp_path / "whole")
     assert torch.equal(sample(FlowMap.load(tmp_path / "whole"), 1), expected)
     with pytest.raises(ConfigError, match="renoised"):
-        BestOfN(2, jumps=2)(tuned, lambda images, prompts: images.mean((1, 2, 3)), prompts=PROMPTS, seeds=SEEDS)
+        sample(tuned, 2)
 
 
 def test_low_rank_additions_alone(loader: Any, tmp_path: Path):

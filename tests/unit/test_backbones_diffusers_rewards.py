@@ -12,7 +12,6 @@ from tiny_encoders import save_open_clip
 from trainers import trainer
 
 from steerfm import (
-    BeamSearch,
     BestOfN,
     DirectBackprop,
     FlowMapTilting,
