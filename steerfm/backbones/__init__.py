@@ -4,6 +4,7 @@ from steerfm.backbones.chosen_layers import ChosenLayers
 from steerfm.backbones.export import export_diffusers
 from steerfm.backbones.lora import LoRA, merged, with_scale, without_lora
 from steerfm.backbones.lora_files import load_adapter, save_adapter
+from steerfm.backbones.two_times import two_times
 
 __all__ = [
     "ChosenLayers",
@@ -12,6 +13,7 @@ __all__ = [
     "load_adapter",
     "merged",
     "save_adapter",
+    "two_times",
     "with_scale",
     "without_lora",
 ]
