@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, declared
+from steerfm.networks.embeddings import start_at_zero
 from steerfm.networks.sharing import copy_around
 from steerfm.types import Condition, State, Times
 
@@ -69,15 +70,14 @@ class TwoTimeNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.interval = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.interval[2].weight)
-        nn.init.zeros_(self.interval[2].bias)
+        start_at_zero(self.interval[2])
         self._embedding: Tensor | None = None
         embedder.register_forward_hook(self._told)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
         angles = (s - t).float()[:, None] * self.rates
         waves = torch.cat([angles.cos() - 1, angles.sin()], 1)  # nothing for an interval of no length
-        self._embedding = self.interval(waves.to(self.interval[0].weight))
+        self._embedding = self.interval(waves.to(next(self.interval.parameters())))
         try:
             return self.network(x, s, t, condition)
         finally:
