@@ -93,6 +93,7 @@ def _page(recipe: Composed, run: Run, node: dict[str, Any]) -> WandbRun:
         run.folder,
         mode,
         seconds_to_send=node.get("seconds_to_send"),
+        quiet=True,
         name=run.info.label,
         id=run_id(run.folder, run.info.started),
         resume="allow",

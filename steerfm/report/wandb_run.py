@@ -45,7 +45,8 @@ class WandbRun:
     """Tell W&B of a run, with files below folder/wandb; what fails is warned of once, and the rest is kept offline.
 
     given: what `wandb.init` takes, such as project, name, id and config. seconds: to reach the server. seconds_to_send:
-    at the end; what is left then stays on disk. Nothing ever asks for a key. Attributes that are not here are those of
+    at the end; what is left then stays on disk. quiet: keep wandb's own lines off the terminal, for the rest of the
+    program too. Nothing ever asks for a key. Attributes that are not here are those of
     the wandb run, guarded likewise, so that a Lightning logger can take this for one (`experiment=`). Raises RunError
     where the folder cannot be written.
     """
@@ -57,11 +58,13 @@ class WandbRun:
         *,
         seconds: float | None = None,
         seconds_to_send: float | None = None,
+        quiet: bool = False,
         **given: Any,
     ) -> None:
         self.folder = Path(folder)
         self.seconds = SECONDS_TO_REACH if seconds is None else seconds
         self.seconds_to_send = SECONDS_TO_SEND if seconds_to_send is None else seconds_to_send
+        self.quiet = quiet
         self.given = given
         self.mode: Mode = mode
         self.warned = False
@@ -160,6 +163,8 @@ class WandbRun:
         import wandb
         from wandb.errors import UsageError
 
+        if self.quiet:
+            wandb.setup(wandb.Settings(silent=True))
         if mode == "online" and not has_key():
             raise UsageError("no API key: set WANDB_API_KEY")
         settings = wandb.Settings(
