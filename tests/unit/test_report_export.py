@@ -242,6 +242,9 @@ def test_the_grid_has_every_picture_in_its_place(root: Path, compared: report.Co
         whole = np.asarray(image.convert("L"), dtype=float)
     left = {int(element.get("x", "")) for element in drawn.iter(f"{SVG}image")}
     top = sorted({int(element.get("y", "")) for element in drawn.iter(f"{SVG}image")})
+    for label, y in zip(list(drawn.iter(f"{SVG}text"))[1:], top, strict=True):
+        assert y + CELL / 2 <= float(label.get("y", "")) <= y + CELL / 2 + GAP, "a label stands beside its row"
+    assert top[-1] + CELL <= int(drawn.get("height", ""))
     for row, name in enumerate(NAMES):
         for column, x in enumerate(sorted(left)):
             with Image.open(root / name / "images" / f"{column:06d}.png") as image:
