@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("name", nargs="?", default="digits", help="a list of recipes (default: digits)")
     demo.add_argument("--folder", default="runs", help="where the runs go (default: runs)")
     _add_shared(demo)
+    export = commands.add_parser(
+        "export", help="write a tuned pretrained map for plain diffusers: steerfm export runs/tuned/map exported"
+    )
+    export.add_argument("map", help="a map of FlowMap.from_pretrained that was saved, or the run that saved it")
+    export.add_argument("to", metavar="FOLDER", help="where it goes: an empty folder, or one that is not there")
+    export.add_argument("--merged", action="store_true", help="LoRA merged into the whole network")
     commands.add_parser("env", help="print versions, devices, cores and memory")
     return parser
 

@@ -37,12 +37,20 @@ def export_diffusers(flow_map: FlowMap, folder: str | Path) -> Path:
             "Only maps of FlowMap.from_pretrained have a form in diffusers: write others by save(folder)."
         )
     network: Any = getattr(flow_map.network, "_orig_mod", flow_map.network)
+    if declared(network, "interval") is not None:
+        raise ConfigError("diffusers tells its networks one time and this map is told two: write it by save(folder).")
     if not isinstance(network, LoRANetwork):
         try:
             network.model.save_pretrained(folder / family.network, safe_serialization=True)
         except OSError as error:
             raise cannot_write(folder / family.network, error) from error
         return folder
+    model = declared(network, "model")
+    if not hasattr(model, "load_lora_adapter"):
+        raise ConfigError(
+            f"diffusers loads no LoRA into a {type(model).__name__}: export steerfm.backbones.merged(flow_map), or "
+            "--merged on the command line."
+        )
     tensors = _additions(network)
     _check(flow_map, tensors)
     named = {f"{family.network}.{name}": tensor for name, tensor in tensors.items()}

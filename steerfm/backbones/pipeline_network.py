@@ -43,6 +43,7 @@ class PipelineNetwork(nn.Module):
         super().__init__()
         if kind not in (None, "velocity", "partial"):
             raise ConfigError(f"kind is 'velocity', 'partial' or None, got '{kind}'.")
+        self.files = files
         self.family = family_of(files.index())
         self.scheduler = files.part("scheduler")
         self.conversion = conversion_of(self.scheduler)

@@ -138,7 +138,7 @@ def _pareto(rows: Sequence[Row], axis: Axis) -> Chart | None:
     values = [point(row.label, reward, x) for row, reward, x in known]
     places, labels = [each["x"] for each in values], [row.label for row in rows]
     across = cost_axis(axis.title, places) if axis.logarithmic else _value_axis(axis.title, axis.bounds)
-    upright = {**_value_axis("reward, mean"), "axis": {"tickCount": 6}}
+    upright = _value_axis("reward, mean")
     layers = [bars("y", "x", across, upright, labels)]
     if any(isinstance(x, Estimate) for *_, x in known):
         layers.append(bars("x", "y", across, upright, labels))
@@ -166,7 +166,7 @@ def _pareto(rows: Sequence[Row], axis: Axis) -> Chart | None:
 def _value_axis(title: str, bounds: tuple[float, float] | None = None) -> Specification:
     """Return an axis of means, with room for their marks."""
     scale = {"zero": False, "nice": False, "padding": 16} | ({"domain": list(bounds)} if bounds else {})
-    return {"title": title, "scale": scale}
+    return {"title": title, "scale": scale, "axis": {"tickCount": 6}}
 
 
 def _hidden() -> Specification:

@@ -1,0 +1,66 @@
+"""Whether plain diffusers, given what was exported, paints what the map paints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfm.backbones.export import LORA_NAME
+from steerfm.backbones.families import packed
+from steerfm.backbones.pipeline_files import PipelineFiles, library
+from steerfm.errors import CheckpointError
+from steerfm.flow_map import FlowMap, declared
+from steerfm.seeds import noise
+
+PROMPTS = ("a red fox in snow", "")
+CLOSE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}  # of a pixel in [0, 1], by the weights' type
+
+
+@torch.no_grad()
+def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles) -> float:
+    """Return the largest difference of a pixel between the map's pictures and those of diffusers' own pipeline.
+
+    files: of the pipeline that the map began as. What `export_diffusers` wrote into `folder` is loaded into it: LoRA by
+    load_lora_weights, a whole denoiser in the place of its own. Both paint two prompts in one step from the same noise,
+    without guidance. Raises CheckpointError where the difference is more than rounding.
+    """
+    family: Any = declared(flow_map.network, "family")
+    model: Any = declared(flow_map.network, "model")
+    view = flow_map.eval()
+    x1 = noise(range(len(PROMPTS)), view.data_shape, dtype=torch.float32, device=view.device)
+    ours = view.decode(view.look_ahead(x1, 1.0, view.encode_prompts(list(PROMPTS))))
+    pipeline = library("diffusers").DiffusionPipeline.from_pretrained(
+        files.source, revision=files.revision, variant=files.variant, use_safetensors=True, torch_dtype=model.dtype
+    )
+    if (Path(folder) / LORA_NAME).is_file():
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_NAME)
+    else:
+        kind = type(getattr(pipeline, family.network))
+        own = kind.from_pretrained(folder, subfolder=family.network, torch_dtype=model.dtype, use_safetensors=True)
+        pipeline.register_modules(**{family.network: own})
+    theirs = one_step(pipeline.to(view.device), view, x1)
+    gap, most = float((theirs - ours).abs().max()), CLOSE[model.dtype]
+    if not gap <= most:
+        raise CheckpointError(
+            f"With what was exported to {folder} diffusers paints otherwise than the map: a pixel is off by {gap:.3g}, "
+            f"and rounding explains {most:g}. Keep the map as steerfm saved it, and report this."
+        )
+    return gap
+
+
+def one_step(pipeline: Any, flow_map: FlowMap, x1: Tensor) -> Tensor:
+    """Return what a pipeline paints of `PROMPTS` in one step from noise (B, *dim) without guidance, in [0, 1]."""
+    family: Any = declared(flow_map.network, "family")
+    name = type(pipeline).__name__
+    more: dict[str, Any] = {"use_resolution_binning": False} if name.startswith(("Sana", "PixArt")) else {}
+    if name == "SanaSprintPipeline":
+        more["intermediate_timesteps"] = None
+    height, width = declared(flow_map.network, "size")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        list(PROMPTS), latents=packed(x1) if family.packed else x1, num_inference_steps=1, guidance_scale=1.0,
+        output_type="pt", height=height, width=width, **more,
+    ).images.float()  # fmt: skip
