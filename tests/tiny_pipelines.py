@@ -98,12 +98,14 @@ def lively(model: nn.Module) -> Any:
     return model.eval()
 
 
-def sd3(third: bool = True, **scheduler: Any) -> Any:
+def sd3(third: bool = True, newer: bool = False, **scheduler: Any) -> Any:
+    """Return Stable Diffusion 3; newer: with the attention of 3.5 medium."""
+    more: dict[str, Any] = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if newer else {}
     torch.manual_seed(5)
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=LATENTS, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        sample_size=LATENTS, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=8,
+        pos_embed_max_size=8, **more,
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=lively(transformer),
@@ -218,6 +220,7 @@ def ddim(**more: Any) -> Any:
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3,
+    "sd3.5": lambda: sd3(newer=True),
     "flux-dev": flux,
     "flux-schnell": lambda: flux(False),
     "sana": sana,

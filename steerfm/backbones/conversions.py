@@ -100,7 +100,7 @@ class Conversion:
 
     def step(self, s: Times) -> Times:
         """Return the training step k of a time, between whole ones too; (B,)."""
-        logs = self._logs().to(s.device)
+        logs = self.logs().to(s.device)
         path, times = self.path, s.double()
         log_ratio = (path.sigma(times) / path.alpha(times)).log().clamp(logs[0], logs[-1])
         above = torch.searchsorted(logs, log_ratio).clamp(1, len(logs) - 1)
@@ -118,9 +118,10 @@ class Conversion:
 
     def ratio(self, step: float) -> float:
         """Return r_k of a whole training step."""
-        return float(self._logs()[int(step)].exp())
+        return float(self.logs()[int(step)].exp())
 
-    def _logs(self) -> Tensor:
+    def logs(self) -> Tensor:
+        """Return log r_k of each training step; only diffusions have any."""
         assert self.log_ratios is not None
         return self.log_ratios
 
@@ -190,19 +191,30 @@ def kind_of(scheduler: Any) -> Kind:
 def grid_of(scheduler: Any, conversion: Conversion, steps: int, **options: Any) -> list[float]:
     """Return the times of a scheduler's own steps, falling, with 0 at the end.
 
-    options: of its set_timesteps, such as `original_inference_steps` of LCM's. The scheduler is not changed.
+    options: of its set_timesteps, such as `original_inference_steps` of LCM's. The scheduler is not changed. Steps with
+    "leading" spacing start short of noise: in their place are "trailing" ones (Lin et al. 2023, arXiv 2305.08891,
+    table 2).
     """
+    leading = conversion.log_ratios is not None and scheduler.config.get("timestep_spacing") == "leading"
+    if leading and conversion.boundary is None:
+        count = len(conversion.logs())
+        trailing = [round(count * (1 - i / steps)) - 1 for i in range(steps)]
+        return [*conversion.times([conversion.ratio(step) for step in trailing]), 0.0]
     scheduler = type(scheduler).from_config(scheduler.config)
     if conversion.prediction == "trigflow":
         options.setdefault("intermediate_timesteps", 1.3 if steps == 2 else None)
     scheduler.set_timesteps(**({"num_inference_steps": steps} | options))
+    times = _stepped(scheduler, conversion)
+    return [*dict.fromkeys(1.0 if t > 1 - 1e-7 else t for t in times), 0.0]  # some list a step of two calls twice
+
+
+def _stepped(scheduler: Any, conversion: Conversion) -> list[float]:
+    """Return the times at which a scheduler that was told its steps calls the network."""
     if conversion.prediction == "trigflow":
         angles = scheduler.timesteps.double()
-        times = (angles.sin() / (angles.sin() + angles.cos())).clamp(0, 1).tolist()[:-1]
-    elif conversion.prediction == "flow":
-        times = scheduler.sigmas.tolist()[:-1]
-    elif getattr(scheduler, "sigmas", None) is not None:
-        times = conversion.times([min(ratio, LARGEST_RATIO) for ratio in scheduler.sigmas.tolist()[:-1]])
-    else:
-        times = conversion.times([conversion.ratio(step) for step in scheduler.timesteps.tolist()])
-    return [1.0 if t > 1 - 1e-7 else t for t in times] + [0.0]
+        return (angles.sin() / (angles.sin() + angles.cos())).clamp(0, 1).tolist()[:-1]
+    if conversion.prediction == "flow":
+        return scheduler.sigmas.tolist()[:-1]
+    if getattr(scheduler, "sigmas", None) is not None:
+        return conversion.times([min(ratio, LARGEST_RATIO) for ratio in scheduler.sigmas.tolist()[:-1]])
+    return conversion.times([conversion.ratio(step) for step in scheduler.timesteps.tolist()])

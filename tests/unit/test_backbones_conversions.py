@@ -127,6 +127,19 @@ def test_diffusions_take_its_steps(scheduler: Any, steps: int):
         assert told == scheduler.timesteps.tolist()  # float32 times are still whole steps
 
 
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_times_of_older_pipelines_start_at_noise_too(name: str, steps: int):
+    """Theirs, "leading", start short of it: at training step 751 of 1000 where there are four."""
+    scheduler = getattr(schedulers, name)(**BETAS, timestep_spacing="leading", steps_offset=1)
+    trailing = schedulers.DDIMScheduler(**DDIM)
+    conversion = conversion_of(scheduler)
+    times = grid_of(scheduler, conversion, steps)
+    assert (times[0], times[-1], len(times)) == (1.0, 0.0, steps + 1)
+    trailing.set_timesteps(steps)
+    assert conversion.step(torch.tensor(times[:-1])).tolist() == trailing.timesteps.tolist()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_ancestral_steps_are_euler_ancestral(prediction: str):
     scheduler = schedulers.EulerAncestralDiscreteScheduler(**TRAILING, prediction_type=prediction)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from steerfm import MLP
 from steerfm import seeds as seeding
 from steerfm.backbones.diffusers import scheduler_times
 from steerfm.backbones.families import packed
@@ -78,6 +79,7 @@ def gap(one: Tensor, other: Tensor) -> float:
     [
         ("sd3", {"guidance_scale": 1.0}),
         ("sd3", {"guidance_scale": 5.0, "negative_prompt": "blurred"}),
+        ("sd3.5", {"guidance_scale": 3.5}),
         ("flux-dev", {"guidance_scale": 3.5}),
         ("flux-dev", {"guidance_scale": 1.0}),
         ("flux-schnell", {}),
@@ -90,7 +92,7 @@ def test_flows_agree(loader: Any, name: str, options: dict[str, Any]):
     expected = theirs(loader.pipeline(name), flow_map, 4, **options)
     samples = Unsteered("jumps", scheduler_times(flow_map, 4))(flow_map, prompts=PROMPTS, seeds=SEEDS)
     assert gap(samples.images, expected) < CLOSE
-    guided = name in ("sd3", "sana") and options["guidance_scale"] != 1
+    guided = name in ("sd3", "sd3.5", "sana") and options["guidance_scale"] != 1
     assert samples.cost.network_calls == (8 if guided else 4)
 
 
@@ -175,3 +177,13 @@ def test_diffusion_agrees_through_its_path(loader: Any, name: str, sampler: Any,
     expected = theirs(loader.pipeline(name), flow_map, 4, **options)
     more = {"draw": noises(flow_map, 4)} if sampler is ancestral else {}
     assert gap(ours(flow_map, sampler, scheduler_times(flow_map, 4), **more), expected) < CLOSE
+
+
+def test_a_map_that_steerfm_saved_loads_as_well(tmp_path: Path):
+    network = MLP((2,), width=8, depth=1)
+    FlowMap(network).save(tmp_path / "mine")
+    back = FlowMap.from_pretrained(tmp_path / "mine")
+    x = torch.randn(3, 2)
+    with torch.no_grad():
+        assert torch.equal(back.jump(x, 0.9, 0.2), FlowMap(network).jump(x, 0.9, 0.2))
+    assert not back.partial
