@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,11 +73,13 @@ def blocks(plan: dict[str, Any], project: str, entity: str) -> list[Any]:
 
 
 def _run_set(given: dict[str, Any], project: str, entity: str) -> Any:
+    """Return a run set; runs that were offline are looked for where the Report is."""
     quoted = ", ".join(f"'{each}'" for each in given["ids"])
+    known = bool(given["entity"])
     return _workspaces().Runset(
         name=given["name"],
-        project=given["project"] or project,
-        entity=given["entity"] or entity,
+        project=given["project"] if known else project,
+        entity=given["entity"] if known else entity,
         filters=f"ID in [{quoted}]",
     )
 
@@ -143,5 +146,9 @@ def _send_offline(folder: Path, project: str, entity: str) -> None:
 
 def _refused(error: Exception, folder: Path | None) -> RunError:
     """Return the one sentence for a W&B that could not be reached or said no."""
-    again = f" To try again: steerfm report publish {folder}" if folder else " Look at WANDB_BASE_URL and the key."
+    again = (
+        f" To try again: steerfm report publish {shlex.quote(str(folder))}"
+        if folder
+        else " Look at WANDB_BASE_URL and the key."
+    )
     return RunError(f"W&B did not take the Report ({first_line(error)}).{again}")

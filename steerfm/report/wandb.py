@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,10 @@ def _identity(folder: Path) -> dict[str, Any]:
 
 def _tell(folder: Path, run: WandbRun, kept: Path | None) -> None:
     """Publish the Report of an online run; say where it is, or how to publish it later."""
-    later = f"steerfm report publish {folder}"
+    later = f"steerfm report publish {shlex.quote(str(folder))}"
     if run.mode != "online":
-        log.info("W&B run kept offline: %s. To send it and publish its Report: %s", kept, later)
+        log.info("W&B run kept offline: %s", kept)
+        log.info("To send it and publish its Report: %s", later)
     elif run.warned:
         log.info("To publish the W&B Report later: %s", later)
     else:
