@@ -242,7 +242,7 @@ class FlowMap(nn.Module):
         size: int | Sequence[int] | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         revision: str | None = None,
         variant: str | None = None,
         text_length: int | None = None,
@@ -255,11 +255,11 @@ class FlowMap(nn.Module):
 
         kind: "velocity", or "partial" for models that know jumps to data alone; None reads it off the scheduler.
         size: of pictures, one number or (height, width). guidance_scale: the pipeline's own by default, 1 is none, and
-        models that learnt guidance are told it. negative_prompt: the null condition. dtype: of its weights, by name.
-        revision: on the hub; the commit that was found is kept. variant: of the weights, such as "fp16". text_length:
-        the most tokens of a long prompt; text_device: where prompts are read. tiling, slicing: of decoding;
-        checkpointing: of the network's backward pass. No pickle is read and no code that comes with a model is run.
-        Raises CheckpointError for missing, gated or damaged files, ConfigError for a pipeline that is not known.
+        models that learnt guidance are told it. negative_prompt: the null condition. dtype: of its weights; states are
+        float32. revision: on the hub; the commit that was found is kept. variant: of the weights, such as "fp16".
+        text_length: the most tokens of a long prompt; text_device: where prompts are read. tiling, slicing: of
+        decoding; checkpointing: of the network's backward pass. No pickle is read and no code that comes with a model
+        is run. Raises CheckpointError for missing, gated or damaged files, ConfigError for an unknown pipeline.
         """
         from steerfm.backbones.diffusers import is_saved_map, load_pipeline
         from steerfm.backbones.pipeline_files import PipelineFiles
@@ -269,7 +269,7 @@ class FlowMap(nn.Module):
             return cls.load(source)
         return load_pipeline(
             cls,
-            PipelineFiles(source, revision, variant, dtype),
+            PipelineFiles(source, revision, variant, str(dtype).removeprefix("torch.")),
             kind=kind,
             size=size,
             guidance_scale=guidance_scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def _read_sana(pipeline: Any, prompt: str, options: dict[str, Any]) -> Encoded:
     """Return the caption's tokens; all but negative prompts follow the instruction that the pipeline asks with."""
     instruction = None if options.get("negative") else _default(pipeline, "complex_human_instruction")
     more = {"complex_human_instruction": instruction, **_length(options)}
-    if "do_classifier_free_guidance" in _parameters(pipeline.encode_prompt):
+    if "do_classifier_free_guidance" in parameters_of(pipeline.encode_prompt):
         more["do_classifier_free_guidance"] = False
     embedding, mask, *_ = pipeline.encode_prompt(prompt, **more)
     return {"embedding": embedding, "embedding_mask": mask}
@@ -84,7 +85,8 @@ def _read_sdxl(pipeline: Any, prompt: str, options: dict[str, Any]) -> Encoded:
 
 
 def _read_pixart(pipeline: Any, prompt: str, options: dict[str, Any]) -> Encoded:
-    embedding, mask, *_ = pipeline.encode_prompt(prompt, False, **_length(options))
+    cleaned = _default(pipeline, "clean_caption")
+    embedding, mask, *_ = pipeline.encode_prompt(prompt, False, clean_caption=cleaned, **_length(options))
     return {"embedding": embedding, "embedding_mask": mask}
 
 
@@ -206,21 +208,20 @@ def _length(options: Mapping[str, Any]) -> dict[str, int]:
     return {} if options.get("length") is None else {"max_sequence_length": options["length"]}
 
 
-def _parameters(function: Any) -> Mapping[str, Any]:
-    import inspect
-
+def parameters_of(function: Any) -> Mapping[str, Any]:
+    """Return the parameters of a function by name."""
     return inspect.signature(function).parameters
 
 
 def _default(pipeline: Any, name: str) -> Any:
     """Return what a pipeline takes for an argument of its call where nothing is said, None if it has none."""
-    parameter = _parameters(type(pipeline).__call__).get(name)
+    parameter = parameters_of(type(pipeline).__call__).get(name)
     return None if parameter is None else parameter.default
 
 
 def usual_guidance(pipeline_class: Any) -> float:
     """Return the guidance scale that a pipeline's call takes where nothing is said."""
-    parameter = _parameters(pipeline_class.__call__).get("guidance_scale")
+    parameter = parameters_of(pipeline_class.__call__).get("guidance_scale")
     return 1.0 if parameter is None else float(parameter.default)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.backbones.families import family_of
+from steerfm.backbones.families import family_of, parameters_of
 from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, library
 from steerfm.building import remembered
 from steerfm.types import Condition
@@ -108,7 +108,9 @@ class _Reader:
                 parts |= {encoder: self.files.part(encoder), tokenizer: self.files.part(tokenizer)}
                 check_tokenizer(parts[tokenizer], parts[encoder], self.files.source)
             named = {name: kept for name, kept in index.items() if not name.startswith("_") and name not in parts}
-            pipeline = kind(**{**parts, **named, "scheduler": self.files.part("scheduler")})
+            known = parameters_of(kind.__init__)
+            given = {**parts, **named, "scheduler": self.files.part("scheduler")}
+            pipeline = kind(**{name: value for name, value in given.items() if name in known})
             if set(family.optional) - parts.keys() or any(parts.get(name) is None for name in family.optional):
                 pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.files.config(family.network)))
             self.pipeline = pipeline

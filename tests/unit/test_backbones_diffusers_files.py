@@ -184,6 +184,17 @@ def test_stable_diffusion_3_does_without_its_third_encoder(tmp_path: Path):
     assert (found - expected).abs().max() < 1e-3
 
 
+def test_parts_that_are_not_needed_are_not_read(loader: Any, tmp_path: Path):
+    """A safety checker judges pictures, which rewards do here."""
+    folder = Path(shutil.copytree(loader.path("lcm"), tmp_path / "lcm"))
+    edit(
+        folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        requires_safety_checker=True, older_part=["transformers", "CLIPImageProcessor"], older_option=3,
+    )  # fmt: skip
+    wanted, found = loader.map("lcm"), FlowMap.from_pretrained(folder)
+    assert torch.equal(found.conditioner(PROMPTS)["embedding"], wanted.conditioner(PROMPTS)["embedding"])  # type: ignore[misc]
+
+
 def test_long_prompts_are_cut_where_one_says(loader: Any):
     assert loader.map("flux-dev", text_length=9, size=16).encode_prompts(["a"])["embedding"].shape == (1, 9, 32)
 
@@ -266,7 +277,7 @@ def test_only_the_denoiser_trains_and_is_copied(loader: Any):
 
 def test_states_stay_in_float32_when_weights_are_of_8_bits(loader: Any):
     """bfloat16 holds a time to 8 bits: 0.9933 would be told as 0.9922."""
-    flow_map, exact = loader.map("sd3", dtype="bfloat16"), loader.map("sd3")
+    flow_map, exact = loader.map("sd3", dtype=torch.bfloat16), loader.map("sd3")
     assert flow_map.dtype == torch.float32 and flow_map.network.model.dtype == torch.bfloat16
     assert LoRA(2)(flow_map).dtype == torch.float32
     samples = Unsteered("jumps", 2)(flow_map, prompts=PROMPTS, seeds=SEEDS)
