@@ -29,7 +29,7 @@ def records(path: Path) -> Iterator[Any]:
         whole = part if kind in (FULL, FIRST) else whole + part
         place += HEADER + size
         if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(whole)
             yield record
 
@@ -41,11 +41,16 @@ def histories(run: Path) -> list[dict[str, Any]]:
     return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows]
 
 
+def begun(run: Path) -> Any:
+    """Return the record that an offline run begins with: name, tags, config."""
+    (file,) = run.glob("*.wandb")
+    (found,) = (record.run for record in records(file) if record.WhichOneof("record_type") == "run")
+    return found
+
+
 def config(run: Path) -> dict[str, Any]:
     """Return an offline run's config as it was begun with."""
-    (file,) = run.glob("*.wandb")
-    (begun,) = (record.run for record in records(file) if record.WhichOneof("record_type") == "run")
-    return {item.key: json.loads(item.value_json) for item in begun.config.update}
+    return {item.key: json.loads(item.value_json) for item in begun(run).config.update}
 
 
 def artifacts(run: Path) -> dict[str, Any]:

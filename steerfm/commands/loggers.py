@@ -12,7 +12,7 @@ from typing import Any
 from steerfm.callbacks.live_table import MOST_PICTURES, picture, table
 from steerfm.config import Composed
 from steerfm.errors import missing_package
-from steerfm.report.artifacts import Record, folder_artifact, model_artifact, origins, read_record
+from steerfm.report.artifacts import RECORD, Record, folder_artifact, model_artifact, origins, read_record
 from steerfm.report.pictures import read_picture
 from steerfm.report.sources import COSTS
 from steerfm.report.wandb_run import WandbRun, resolve_mode, run_id
@@ -21,7 +21,20 @@ from steerfm.steering import Progress
 
 log = logging.getLogger(__name__)
 
-OWN = ("_target_", "mode", "artifacts", "seconds_to_send")  # of recipes/logger/wandb.yaml, the others are wandb.init's
+# What a W&B logger's recipe may say that is not wandb.init's: ours, what the run decides, and Lightning's own.
+NOT_WANDBS = (
+    "_target_",
+    "mode",
+    "artifacts",
+    "seconds_to_send",
+    "id",
+    "resume",
+    "config",
+    "dir",
+    "save_dir",
+    "version",
+)
+NOT_WANDBS += ("offline", "anonymous", "log_model", "experiment", "prefix", "checkpoint_name", "add_file_policy")
 
 
 @contextlib.contextmanager
@@ -87,18 +100,18 @@ class Lines:
 
 def _page(recipe: Composed, run: Run, node: dict[str, Any]) -> WandbRun:
     """Begin the W&B run of a run, and keep in the run folder where it is."""
-    given = {key: value for key, value in node.items() if key not in OWN}
-    mode = resolve_mode(None if node.get("mode", "auto") == "auto" else node["mode"])
+    given: dict[str, Any] = {"name": run.info.label, "job_type": run.info.command}
+    given |= {key: value for key, value in node.items() if key not in NOT_WANDBS}
+    asked = "offline" if node.get("offline") else node.get("mode", "auto")
+    mode = resolve_mode(None if asked == "auto" else asked)
     page = WandbRun(
         run.folder,
         mode,
         seconds_to_send=node.get("seconds_to_send"),
         quiet=True,
-        name=run.info.label,
         id=run_id(run.folder, run.info.started),
         resume="allow",
         config=recipe.values,
-        job_type=run.info.command,
         **given,
     )
     page.define_metric("trainer/global_step")
@@ -107,7 +120,8 @@ def _page(recipe: Composed, run: Run, node: dict[str, Any]) -> WandbRun:
         log.info("W&B: %s", page.url)
     elif page.kept is not None:
         log.info("W&B is offline; to send the run later: wandb sync %s", page.kept)
-    run.write_json("wandb.json", dataclasses.asdict(_record(recipe, run, page, node)))
+    if page.mode != "disabled":
+        run.write_json(RECORD, dataclasses.asdict(_record(recipe, run, page, node)))
     return page
 
 

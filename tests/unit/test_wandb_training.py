@@ -290,11 +290,14 @@ def check_sent(run: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert server.unknown == []
 
 
-def test_a_switch_leaves_the_artifacts_out(offline: Path) -> None:
-    assert main([*tiny("digits"), "name=light", *LOGGED, "logger.artifacts=false"]) == 0
+def test_the_recipe_names_a_run_and_leaves_its_artifacts_out(offline: Path) -> None:
+    more = ["logger.artifacts=false", "logger.tags=[light]", "logger.name=feather", "logger.log_model=false"]
+    assert main([*tiny("digits"), "name=light", *LOGGED, *more]) == 0
     (run,) = (offline / "runs" / "light" / "wandb").glob("offline-run-*")
     wandb.teardown()
     assert wandb_files.histories(run)
+    begun = wandb_files.begun(run)
+    assert (begun.display_name, list(begun.tags), begun.job_type) == ("feather", ["light"], "train")
     assert [name for name, each in wandb_files.artifacts(run).items() if each.type in ("model", "run")] == []
 
 
