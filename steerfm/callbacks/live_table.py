@@ -33,13 +33,19 @@ class LiveTable:
             return
         shown = rows(samples, step)
         for logger in wandb_loggers(trainer.loggers):
-            folder = logger.experiment.dir
-            if self.table is None or folder != self.folder:
-                self.table, self.folder = table(shown, log_mode="INCREMENTAL"), folder
+            self._log(logger.experiment, shown, step)
+
+    def _log(self, run: Any, shown: list[dict[str, Any]], step: int) -> None:
+        """Log rows to a wandb run, and to the one that follows it where it fails just then."""
+        for _ in range(2):
+            if self.table is None or run.dir != self.folder:
+                self.table, self.folder = table(shown, log_mode="INCREMENTAL"), run.dir
             else:
                 for row in shown:
                     self.table.add_data(*row.values())
-            logger.experiment.log({"progress": self.table, "trainer/global_step": step})
+            run.log({"progress": self.table, "trainer/global_step": step})
+            if run.dir == self.folder:
+                return
 
 
 def wandb_loggers(loggers: Sequence[Any]) -> list[Any]:

@@ -8,14 +8,20 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import wandb
+import wandb_files
+from lightning.pytorch.loggers import WandbLogger
 from wandb_stand_in import ENTITY, KEY, StandIn, stand_in
 
-from steerfm.callbacks.live_table import picture, table
+from steerfm.callbacks.live_table import LiveTable, picture, table
 from steerfm.report import wandb_run
 from steerfm.report.wandb_run import WandbRun, bounded
+from steerfm.types import Cost, Samples
 
 
 @pytest.fixture
@@ -126,6 +132,24 @@ def test_the_death_of_wandbs_own_process_is_survived(server: StandIn, tmp_path: 
         assert run.kept is not None
     (warned,) = warnings(caplog)
     assert warned.endswith("the rest of the run is kept offline.") and len(offline(tmp_path)) == 1
+
+
+def test_a_table_goes_on_growing_where_wandb_died(server: StandIn, tmp_path: Path):
+    shown = Samples(torch.zeros(2, 1, 4, 4), torch.rand(2, 1, 4, 4), ["a", "b"], [0, 1], Cost(1))
+    growing = LiveTable()
+    with begin(tmp_path / "run") as run:
+        trainer = SimpleNamespace(loggers=[WandbLogger(experiment=run)])  # type: ignore[arg-type]
+        for step in range(4):
+            growing.add(trainer, shown, step)  # type: ignore[arg-type]
+            if step == 1:
+                os.kill(cores()[0], signal.SIGKILL)
+                time.sleep(0.2)
+        assert run.mode == "offline"
+    wandb.teardown()
+    (kept,) = offline(tmp_path / "run")
+    told = [row for row in wandb_files.histories(kept) if row.get("progress/_type") == "incremental-table-file"]
+    assert [row["trainer/global_step"] for row in told] == [2, 3]
+    assert told[-1]["progress/nrows"] == 4
 
 
 def test_without_a_key_nothing_is_asked(
