@@ -1,12 +1,12 @@
 """Time, sign and scale: what a published model is told of a state x_t, and how its answer becomes u; one table.
 
-| prediction   | path       | told: state, time        | answers                    | u                             |
-|--------------|------------|--------------------------|----------------------------|-------------------------------|
-| flow         | `Linear`   | x, 1000 t                | x1 - x0                    | the answer                    |
-| trigflow     | `Linear`   | x, t                     | (x - F(x, t, 0)) / t       | the answer                    |
-| epsilon      | `Straight` | c x, the training step k | E[x1]                      | alpha' E[x0] + sigma' E[x1]   |
-| v_prediction | `Straight` | c x, k                   | c (alpha E[x1] - sigma E[x0]) | the same                   |
-| sample       | `Straight` | c x, k                   | E[x0]                      | the same                      |
+| prediction   | path       | told: state, time        | answers                       | u                           |
+|--------------|------------|--------------------------|-------------------------------|-----------------------------|
+| flow         | `Linear`   | x, 1000 t                | x1 - x0                       | the answer                  |
+| trigflow     | `Linear`   | x, t                     | (x - F(x, t, 0)) / t          | the answer                  |
+| epsilon      | `Straight` | c x, the training step k | E[x1]                         | alpha' E[x0] + sigma' E[x1] |
+| v_prediction | `Straight` | c x, k                   | c (alpha E[x1] - sigma E[x0]) | the same                    |
+| sample       | `Straight` | c x, k                   | E[x0]                         | the same                    |
 
 The last three are trained on y = sqrt(abar_k) x0 + sqrt(1 - abar_k) x1 at whole steps k. Only the ratio
 r_k = sqrt((1 - abar_k) / abar_k) of noise to data matters, since a state may be scaled at will: here it is scaled
@@ -23,7 +23,7 @@ TrigFlow's state cos(a) x0 + sin(a) x1 lies on the linear path when divided by c
 for the SCM scheduler (cos(a) y - sin(a) F) is x - t times the answer. `boundary` is the weighting of latent consistency
 models, c_skip y + c_out E[x0], which is y itself where there is no noise.
 
-References: Song, Meng, Ermon 2021, arXiv 2010.02502 (abar); Salimans and Ho 2022, arXiv 2202.00512 (v); Lu and Song
+References: Ho, Jain, Abbeel 2020, arXiv 2006.11239 (abar); Salimans and Ho 2022, arXiv 2202.00512 (v); Lu and Song
 2024, arXiv 2410.11081 (TrigFlow); Luo et al. 2023, arXiv 2310.04378 (latent consistency models); Chen et al. 2025,
 arXiv 2503.09641 (SANA-Sprint).
 """

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,7 @@ class PipelineFiles:
     def pinned(self) -> PipelineFiles:
         """Return the same with the hub's commit for a revision, so that it means the same files tomorrow."""
         commit = self._index()[1]
-        return self if Path(self.source).is_dir() or not commit else PipelineFiles(
-            self.source, commit, self.variant, self.dtype
-        )  # fmt: skip
+        return self if Path(self.source).is_dir() or not commit else replace(self, revision=commit)
 
     def has(self, part: str) -> bool:
         """Whether the pipeline has a part; optional ones, such as SD3's third encoder, may be left out."""

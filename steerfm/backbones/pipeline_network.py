@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,6 @@ from steerfm.building import remembered
 from steerfm.conditions.guidance import SCALE
 from steerfm.errors import ConfigError
 from steerfm.types import Condition, State, Times
-
-log = logging.getLogger(__name__)
 
 
 @remembered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -15,8 +14,6 @@ from steerfm.backbones.families import family_of, parameters_of
 from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, library
 from steerfm.building import remembered
 from steerfm.types import Condition
-
-log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**28  # of what recent prompts were read as
 
