@@ -1,6 +1,7 @@
 """Pretrained models, and what of a map is trained: low-rank additions to its layers, or some of its layers alone."""
 
 from steerfm.backbones.chosen_layers import ChosenLayers
+from steerfm.backbones.diffusers import scheduler_times
 from steerfm.backbones.export import export_diffusers
 from steerfm.backbones.lora import LoRA, merged, with_scale, without_lora
 from steerfm.backbones.lora_files import load_adapter, save_adapter
@@ -13,6 +14,7 @@ __all__ = [
     "load_adapter",
     "merged",
     "save_adapter",
+    "scheduler_times",
     "two_times",
     "with_scale",
     "without_lora",
