@@ -210,7 +210,7 @@ def test_runs_end_well_without_wandb(
             *tiny("digits_steer", "reward=brightness"),
             f"name=steer_{trouble}",
             "map=runs/base",
-            "+logger=wandb",
+            logged("digits_steer"),
         ],
     }
     with stand_in(monkeypatch, tmp_path / "home") as server:
