@@ -1,8 +1,8 @@
 """A W&B server that stands in on loopback: what runs, artifacts and Reports ask of one, kept to be looked at.
 
-It answers wandb 0.31 and wandb-workspaces 0.4.13 as far as steerfm uses them: Viewer, UpsertBucket, the file stream,
-files and artifacts by signed-url uploads, artifacts read back, projects and Reports (upsertView). Not stood in for:
-permissions, sweeps, alerts, rate limits, the page that a browser shows, and how W&B draws any of it.
+It answers wandb 0.31 and wandb-workspaces 0.4.13 as far as steerfm uses them: who the key belongs to, runs and their
+file stream, files, artifacts (the same content is the same version) there and back, and Reports. Not stood in for:
+permissions, rate limits, multipart uploads, checks of what is sent, and how W&B draws any of it.
 """
 
 from __future__ import annotations
@@ -203,18 +203,8 @@ class StandIn:
     def on_UseArtifact(self, variables: dict[str, Any]) -> Any:
         given = variables.get("input", variables)
         self.used.append((given["runName"], given["artifactID"]))
-        return {
-            "useArtifact": {
-                "artifact": {
-                    "id": given["artifactID"],
-                    "digest": "",
-                    "description": "",
-                    "state": "",
-                    "createdAt": "",
-                    "metadata": None,
-                }
-            }
-        }
+        empty = dict.fromkeys(("digest", "description", "state", "createdAt"), "")
+        return {"useArtifact": {"artifact": {"id": given["artifactID"], "metadata": None, **empty}}}
 
     def on_ArtifactType(self, variables: dict[str, Any]) -> Any:
         known = self._newest(variables["name"])
@@ -291,9 +281,6 @@ class StandIn:
         return {"upsertModel": {"project": {"id": "p", **given}, "model": {"id": "p", "name": self.project}}}
 
     def on_upsertView(self, variables: dict[str, Any]) -> Any:
-        return self._view(variables)
-
-    def _view(self, variables: dict[str, Any]) -> Any:
         self.views.append(variables)
         known = variables.get("id") or _encoded(f"View:{len(self.views)}")
         view = {"id": known, "name": variables.get("name"), "type": variables.get("type")}
