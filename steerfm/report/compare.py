@@ -82,8 +82,12 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[tuple[str, str], ...]:
-        """Return what the reader must know of single rows, by label."""
-        return tuple((row.label, row.note.rstrip(". ")) for row in self.rows if row.note and row.kind != "subset")
+        """Return what the reader must know of single rows, (labels, note), once for the rows that have it in common."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.note and row.kind != "subset":
+                found.setdefault(row.note.rstrip(". "), []).append(row.label)
+        return tuple((listed(labels), note) for note, labels in found.items())
 
     def records(self) -> list[dict[str, Any]]:
         """Return a flat dictionary of plain values a row, with the same keys for all."""
@@ -248,6 +252,12 @@ def _equal_samples(rows: Sequence[Row]) -> int | None:
     """Return the smallest fair number of samples among the rows that have a Fréchet distance, if they differ."""
     counts = {row.samples for row in rows if row.frechet is not None and row.samples >= SMALLEST_EQUAL}
     return min(counts) if len(counts) > 1 else None
+
+
+def listed(labels: Sequence[str], most: int = 5) -> str:
+    """Return labels as one text, those after the first few as a number."""
+    more = len(labels) - most
+    return f"{', '.join(labels[:most])} and {more} more" if more > 0 else ", ".join(labels)
 
 
 def differences_of(source: Source, first: Source) -> list[Pair]:

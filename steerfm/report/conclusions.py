@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from steerfm.report.columns import COST_NAMES, change, compact
-from steerfm.report.compare import Comparison, differences_of
+from steerfm.report.compare import Comparison, differences_of, listed
 from steerfm.report.equal import EqualCost
 from steerfm.report.estimates import Estimate, over_prompts
 from steerfm.report.rows import Row
 from steerfm.report.sources import Source
 
 ALIKE = 0.8  # of the diversity they are held against: below, it is said
+MOST_RUNS = 12  # of which each has a sentence
+MOST_PARTED = 4
 CHANCE = 0.05  # of an interval that leaves out zero though there is no difference
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return what each run gained on the first and at what cost, what was hacked, and who leads in held-out values."""
+    """Return what each run gained on the first and at what cost, what was hacked, and who leads in held-out values.
+
+    Of more than `MOST_RUNS` runs only the latter two are told; the table has the rest.
+    """
     rows = {row.label: row for row in comparison.rows if row.kind == "run"}
     found = []
-    for source in comparison.sources[1:]:
+    for source in comparison.sources[1:] if len(comparison.sources) <= MOST_RUNS else ():
         changes = {pair.metric: pair.difference for pair in comparison.pairs if pair.label == source.label}
         said = [_gain(rows[source.label], rows[comparison.sources[0].label], changes, comparison.x)] if changes else []
         said += [_at_equal_cost(each, comparison.x) for each in comparison.equal_cost if each.label == source.label]
@@ -97,7 +102,11 @@ def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[
         said = f"{first.label} and {second.label}, whose difference is within noise"
     else:
         said = f"{first.label}, {change(lead)} above {second.label}"
-    return [f"Highest {name}, held out: {said}.", *(s for other in others if (s := _parted(other, first, name)))]
+    parted = [(other, text) for other in others if (text := _parted(other, first, name))]
+    if len(parted) > MOST_PARTED:
+        names = listed([source.label for source, _ in parted])
+        return [f"Highest {name}, held out: {said}.", f"{names} hack the reward, held against {first.label}."]
+    return [f"Highest {name}, held out: {said}.", *(each for _, each in parted)]
 
 
 def _parted(source: Source, leader: Source, name: str) -> str:

@@ -58,6 +58,7 @@ def lines(comparison: Comparison) -> Specification:
             panels.append(_panel(members, rows, rows[first], comparison.x, cost, axis, _domain(axis, drawn), place))
     return {
         "$schema": SCHEMA,
+        "title": {"text": f"dashed: {first}", "fontSize": 12, "fontWeight": "normal"},
         "concat": panels,
         "columns": len(groups),
         "align": "each",
@@ -131,19 +132,8 @@ def _panel(
         "mark": {"type": "rule", "strokeDash": [5, 3], "style": "baseline"},
         "encoding": {"y": quantitative("y", y), "tooltip": {"field": "said", "type": "nominal", "title": "run"}},
     }
-    name = {
-        "data": dashed["data"],
-        "mark": {"type": "text", "align": "right", "baseline": "bottom", "dx": -4, "dy": -3, "style": "baseline"},
-        "encoding": {"y": quantitative("y", y), "x": {"value": WIDTH}, "text": {"field": "said", "type": "nominal"}},
-    }
-    layers = [
-        dashed,
-        *([name] if place.leftmost else []),
-        bars("y", "x", x, y, labels),
-        join,
-        dots(x, y, labels, tooltip),
-    ]
+    layers = [dashed, bars("y", "x", x, y, labels), join, dots(x, y, labels, tooltip)]
     view = {"width": WIDTH, "height": HEIGHT, "data": {"values": values}, "layer": layers}
     if place.title:
-        view["title"] = {"text": place.title, "anchor": "middle"}
+        view["title"] = {"text": place.title, "anchor": "middle", "frame": "group"}
     return with_legend(view, legend) if place.lowest else view

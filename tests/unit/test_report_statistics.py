@@ -171,6 +171,17 @@ def test_conclusions_say_what_was_gained_hacked_and_within_noise(tmp_path: Path)
     assert "good hacks" not in text and "same hacks" not in text
 
 
+def test_many_runs_are_told_in_few_sentences(tmp_path: Path) -> None:
+    generator = np.random.default_rng(4)
+    base = generator.normal(size=(10, 8))
+    for i in range(14):
+        noisy = base + 0.1 * generator.normal(size=base.shape)
+        made(tmp_path, f"run {i}", noisy + 0.5 * i, judge=noisy - 0.5 * i)
+    said = report.conclusions(report.compare([f"run {i}" for i in range(14)], root=tmp_path))
+    assert len(said) == 2 and said[0].startswith("Highest judge, held out: run 0, +0.5")
+    assert said[1].endswith(" and 8 more hack the reward, held against run 0.")
+
+
 def test_samples_that_are_alike_are_named(tmp_path: Path) -> None:
     make_runs(tmp_path)
     said = report.conclusions(report.compare(["base", "best-of-16", "fine-tuned--T---0-01"], root=tmp_path))
