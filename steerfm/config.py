@@ -284,7 +284,7 @@ def _check_options(chosen: list[Override], library: Library) -> None:
         if group == "recipe":
             raise ConfigError(f"No recipe is named '{value}'{nearest(str(value), options)} See: steerfm recipes list.")
         raise ConfigError(
-            f"{group} has no option '{value}'{nearest(str(value), options)} It has: {', '.join(options)}."
+            f"{group} has no option '{value}'{nearest(str(value), options) or '.'} It has: {', '.join(options)}."
         )
 
 

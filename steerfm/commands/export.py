@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Export a map; 0 where plain diffusers paints what the map paints."""
     common.show_log()
     folder = Path(arguments.to)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds files already: name an empty folder, or one that is not there.")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} is a file or holds some already: name an empty folder, or one that is not there.")
     flow_map = FlowMap.load(arguments.map)
     files = declared(flow_map.network, "files")
     if files is None:

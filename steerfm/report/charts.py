@@ -191,6 +191,7 @@ def _frontier(less_is_better: bool, x: Specification, y: Specification) -> Speci
             "strokeDash": [3, 3],
             "strokeWidth": 1.2,
             "style": "frontier",
+            "aria": False,
         },
         "encoding": {"x": quantitative("x", x), "y": quantitative("y", y), "order": {"field": "x"}},
     }

@@ -130,6 +130,8 @@ def plus_minus(found: Estimate | None) -> str:
     if found.low is None or found.high is None or found.low == found.high:
         return number(found.mean)
     half = (found.high - found.low) / 2
+    if not (math.isfinite(half) and half > 0):
+        return number(found.mean)
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 4)
     return f"{found.mean:,.{decimals}f} ± {half:,.{decimals}f}"
 

@@ -167,14 +167,22 @@ def _lines(asked: Mapping[str, Mapping[str, Sequence[str]]], sources: Sequence[S
     """Return the lines, their runs found by name or label among those compared."""
     known = {name: source.label for source in sources for name in (source.label, source.info.name)}
     found = []
-    for group, lines in asked.items():
-        for label, runs in lines.items():
+    for group, lines in _checked(asked, "lines").items():
+        for label, runs in _checked(lines, f"lines.{group}").items():
+            if isinstance(runs, str) or not isinstance(runs, Sequence):
+                raise RunError(f"The line '{label}' needs a list of runs, such as [{runs}], got {runs!r}.")
             for run in runs:
                 if str(run) not in known:
                     near = nearest(str(run), known) or "."
                     raise RunError(f"The line '{label}' names '{run}', which is not compared{near} Add it to the runs.")
             found.append(Line(str(group), str(label), tuple(known[str(run)] for run in runs)))
     return tuple(found)
+
+
+def _checked(asked: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(asked, Mapping):
+        raise RunError(f"{where} has the form {{column: {{label: [RUN, ...]}}}}, got {asked!r}.")
+    return asked
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import unicodedata
+from collections.abc import Mapping
 
 from steerfm.report.columns import COST_NAMES, change, compact
 from steerfm.report.compare import Comparison, differences_of, listed
 from steerfm.report.equal import EqualCost
-from steerfm.report.estimates import Estimate, over_prompts
+from steerfm.report.estimates import Estimate
 from steerfm.report.rows import Row
 from steerfm.report.sources import Source
 
@@ -22,6 +24,7 @@ def conclusions(comparison: Comparison) -> list[str]:
 
     Of more than `MOST_RUNS` runs only the latter two are told; the table has the rest.
     """
+    comparison = _isolated(comparison)
     rows = {row.label: row for row in comparison.rows if row.kind == "run"}
     found = []
     for source in comparison.sources[1:] if len(comparison.sources) <= MOST_RUNS else ():
@@ -32,9 +35,32 @@ def conclusions(comparison: Comparison) -> list[str]:
     return [*found, *(said for name in comparison.held_out for said in _leader(comparison, rows, name))]
 
 
+def _isolated(comparison: Comparison) -> Comparison:
+    """Return the comparison with labels that are written from the right set apart, so that figures stay in order."""
+    names = {source.label: _apart(source.label) for source in comparison.sources}
+    if all(name == label for label, name in names.items()):
+        return comparison
+    return dataclasses.replace(
+        comparison,
+        rows=tuple(dataclasses.replace(row, label=names.get(row.label, row.label)) for row in comparison.rows),
+        pairs=tuple(dataclasses.replace(p, label=names[p.label], against=names[p.against]) for p in comparison.pairs),
+        sources=tuple(dataclasses.replace(source, label=names[source.label]) for source in comparison.sources),
+        equal_cost=tuple(
+            dataclasses.replace(e, label=names[e.label], against=names[e.against]) for e in comparison.equal_cost
+        ),
+    )
+
+
+def _apart(label: str) -> str:
+    turned = any(unicodedata.bidirectional(character) in ("R", "AL") for character in label)
+    return f"\u2068{label}\u2069" if turned else label
+
+
 def meaning(comparison: Comparison) -> str:
     """Return what the intervals stand for, and how many would leave out zero by chance."""
-    unit = "whole prompts" if _over_prompts(comparison.sources) else "(prompt, seed) pairs, so for these prompts"
+    kinds = {pair.difference.over_prompts for pair in comparison.pairs if pair.difference.low is not None}
+    unit = "whole prompts" if kinds == {True} else "(prompt, seed) pairs, so for these prompts"
+    unit += ", and of whole prompts where there are ten" if len(kinds) > 1 else ""
     count = len(comparison.pairs)
     expected = f" Of {count} differences, about {compact(CHANCE * count)} would leave out zero by chance alone."
     return f"Intervals hold 95% of bootstrap resamples of {unit}.{expected if count > 1 else ''}"
@@ -71,16 +97,17 @@ def _price(row: Row, first: Row, cost: str) -> str:
     mine, base = row.costs.get(cost), first.costs.get(cost)
     if not mine or not base:
         return ""
-    times = "the same" if mine == base else f"{compact(mine / base)} times the"
+    times = "the same" if compact(mine / base) == "1" else f"{compact(mine / base)} times the"
     return f", at {times} {COST_NAMES[cost]}"
 
 
 def _at_equal_cost(found: EqualCost, cost: str) -> str:
     best = f"the best of {found.n:,} samples of {found.against}"
+    price = f"at equal {COST_NAMES[cost]}" if found.is_equal else f"at {found.n:,} of its {compact(found.ratio)} times"
     if not found.differences:
-        return f"What {best}, at equal {COST_NAMES[cost]}, would give cannot be told: {found.note}."
+        return f"What {best}, {price}, would give cannot be told: {found.note}."
     figures = ", ".join(f"{_short(name)} {change(each)}" for name, each in found.differences.items())
-    return f"Against {best}, at equal {COST_NAMES[cost]}: {figures}."
+    return f"Against {best}, {price}: {figures}."
 
 
 def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[str]:
@@ -88,9 +115,8 @@ def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[
 
     Nothing where fewer than two runs have the value.
     """
-    known = sorted(
-        (s for s in comparison.sources if name in rows[s.label].held_out), key=lambda s: _mean(rows, s, name)
-    )
+    with_it = [s for s in comparison.sources if name in rows[s.label].held_out and rows[s.label].held_out[name].n > 1]
+    known = sorted(with_it, key=lambda source: _mean(rows, source, name))
     if len(known) < 2:
         return []
     first, others = known[-1], known[-2::-1]
@@ -98,6 +124,10 @@ def _leader(comparison: Comparison, rows: Mapping[str, Row], name: str) -> list[
     lead = _changes(first, second).get(f"held_out.{name}")
     if lead is None:
         said = f"{first.label}; it has no (prompt, seed) pair in common with {second.label}"
+    elif lead.low is None:
+        said = f"{first.label}, which has one (prompt, seed) pair in common with {second.label}"
+    elif lead.mean <= 0:
+        said = f"{first.label}, though not on the {lead.n:,} (prompt, seed) pairs in common with {second.label}"
     elif lead.covers_zero:
         said = f"{first.label} and {second.label}, whose difference is within noise"
     else:
@@ -124,10 +154,6 @@ def _changes(source: Source, first: Source) -> dict[str, Estimate]:
 
 def _mean(rows: Mapping[str, Row], source: Source, name: str) -> float:
     return rows[source.label].held_out[name].mean
-
-
-def _over_prompts(sources: Sequence[Source]) -> bool:
-    return bool(sources) and over_prompts([prompt for prompt, _ in sources[0].pairs])
 
 
 def _short(metric: str) -> str:

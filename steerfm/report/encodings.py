@@ -177,7 +177,7 @@ def bars(along: str, other: str, x: Specification, y: Specification, labels: Seq
     """Return the error bars along an axis."""
     places = {"x": x, "y": y}
     return {
-        "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.8},
+        "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.8, "aria": False},
         "encoding": {
             along: quantitative(f"{along}_low", places[along]),
             f"{along}2": {"field": f"{along}_high"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -24,6 +24,7 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
+    over_prompts: bool = field(default=False, compare=False)  # whole prompts were resampled
 
     @property
     def covers_zero(self) -> bool:
@@ -55,7 +56,7 @@ def estimate(values: Sequence[float] | np.ndarray, prompts: Sequence[str] = (), 
         return sums[drawn].sum(1) / counts[drawn].sum(1)
 
     low, high = bootstrap(mean, len(sums), seed)
-    return Estimate(float(x.mean()), low, high, len(x))
+    return Estimate(float(x.mean()), low, high, len(x), over_prompts(prompts))
 
 
 def over_prompts(prompts: Sequence[str]) -> bool:

@@ -132,6 +132,8 @@ def _panel(
         "mark": {"type": "rule", "strokeDash": [5, 3], "style": "baseline"},
         "encoding": {"y": quantitative("y", y), "tooltip": {"field": "said", "type": "nominal", "title": "run"}},
     }
+    for layer in (dashed, join):
+        layer["mark"]["aria"] = False  # what they say the marks say
     layers = [dashed, bars("y", "x", x, y, labels), join, dots(x, y, labels, tooltip)]
     view = {"width": WIDTH, "height": HEIGHT, "data": {"values": values}, "layer": layers}
     if place.title:

@@ -169,6 +169,8 @@ def _scatters(comparison: Comparison) -> list[tuple[int, str, dict[str, Any]]]:
         return []
     together = torch.cat(every)
     together = together[together.isfinite().all(1)].double()
+    if not len(together):
+        return []
     low, high = (together.quantile(q, dim=0).tolist() for q in POINT_QUANTILES)
     room = 0.06 * max(top - bottom for top, bottom in zip(high, low, strict=True))
     low, high = [v - room for v in low], [v + room for v in high]

@@ -10,6 +10,7 @@ from steerfm.report.columns import COST_NAMES
 from steerfm.report.compare import Comparison
 from steerfm.report.conclusions import conclusions, meaning
 from steerfm.report.rows import Row
+from steerfm.report.settings import different_settings
 from steerfm.report.sources import Source
 from steerfm.report.terminal import markdown
 
@@ -76,16 +77,12 @@ def front(comparison: Comparison) -> list[Row]:
 
 def settings(sources: Sequence[Source]) -> str:
     """Return the settings that are not the same for all runs as a Markdown table: a row a setting, a column a run."""
-    configs = [{"command": s.info.command, "recipe": s.info.recipe, **_flat(s.config)} for s in sources]
-    keys = dict.fromkeys(key for config in configs for key in config if key.split(".")[0] not in NO_SETTING)
-    differ = [key for key in keys if len({_cell(config.get(key)) for config in configs}) > 1]
-    shown = differ[:MOST_SETTINGS]
+    differ = [(key, values) for key, values in different_settings(sources) if key.split(".")[0] not in NO_SETTING]
     rows = [["setting", *(source.label for source in sources)], ["---"] * (len(sources) + 1)]
-    rows += [[f"`{key}`", *(config.get(key, "") for config in configs)] for key in shown]
+    rows += [[f"`{key}`", *values] for key, values in differ[:MOST_SETTINGS]]
     table = "\n".join(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows)
-    left = (
-        f"\n\n{len(differ) - len(shown)} more differ: see config.yaml of the runs." if len(differ) > len(shown) else ""
-    )
+    more = len(differ) - MOST_SETTINGS
+    left = f"\n\n{more} more differ: see config.yaml of the runs." if more > 0 else ""
     return table + left if differ else "All runs have the same settings."
 
 
@@ -141,15 +138,6 @@ def _heading(text: str) -> dict[str, Any]:
 
 def _text(text: str) -> dict[str, Any]:
     return {"kind": "text", "text": text}
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def _cell(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -183,7 +184,7 @@ def _shares(source: Source, mask: np.ndarray) -> dict[str, float]:
 def _costs(source: Source) -> dict[str, float]:
     """Return the mean of every cost that the samples state."""
     stated = {cost: [row["cost"].get(cost) for row in source.rows] for cost in COSTS}
-    known = {cost: [value for value in values if value is not None] for cost, values in stated.items()}
+    known = {cost: [v for v in values if v is not None and math.isfinite(v)] for cost, values in stated.items()}
     return {cost: float(np.mean(values)) for cost, values in known.items() if values}
 
 

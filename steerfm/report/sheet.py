@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from steerfm.report.compare import Comparison
 from steerfm.report.pictures import chosen_pairs, read_picture, rows_by_pair
@@ -48,4 +48,4 @@ def _cell(pixels: np.ndarray) -> Image.Image:
     """Return a picture at the cell's size, its pixels visible where it is smaller than the cell."""
     small = max(pixels.shape[:2]) < CELL
     method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return Image.fromarray(pixels).resize((CELL, CELL), method)
+    return ImageOps.pad(Image.fromarray(pixels), (CELL, CELL), method, color=PAPER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import re
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from steerfm.errors import RunError, nearest
 from steerfm.records import StoredSamples
+from steerfm.report.remote import PREFIX, fetched
 from steerfm.runs import Run, RunInfo
 
 COSTS = ("network_calls", "reward_calls", "reward_gradients", "seconds")
+JOINER = "\u200d"  # of emoji
 DIVERGENCE = "monitor/divergence"  # what modules/reward_fine_tuning.py logs
 
 
@@ -47,7 +50,7 @@ class Source:
     @property
     def note(self) -> str:
         """Return what the run says its reader must know, such as a temperature that is nominal."""
-        return self.info.note or str(self.metrics.get("note") or "")
+        return readable(self.info.note or str(self.metrics.get("note") or ""))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ class Source:
     @property
     def has_pictures(self) -> bool:
         """Say whether the samples were kept as pictures (points are not)."""
-        return bool(self.rows) and self.samples.picture(0) is not None
+        return any(self.samples.picture(i) is not None for i in range(len(self.rows)))
 
     def names(self, group: str) -> list[str]:
         """Return the names in a group of values ("held_out" or "parts"), in order of appearance."""
@@ -91,7 +94,7 @@ def load(path: str | Path, root: str | Path = "runs") -> Source:
     if x0 is not None and _holds_pixels(samples, x0):
         x0 = x0.clamp(-1, 1)
     return Source(
-        label=run.info.label,
+        label=readable(run.info.label) or run.folder.name,
         folder=run.folder,
         info=run.info,
         config=run.config,
@@ -108,7 +111,8 @@ def load(path: str | Path, root: str | Path = "runs") -> Source:
 def expand(paths: Sequence[str | Path] | str | Path, root: str | Path = "runs") -> list[str]:
     """Return the runs that are meant: a run as it is; of a folder of runs (a sweep) or a pattern, every run in it.
 
-    Raises RunError for a folder or a pattern without runs, and leaves what is no folder for `load` to name.
+    wandb:ENTITY/PROJECT/ID is a run in W&B, which is downloaded first. Of a folder or a pattern only runs with samples
+    count; RunError where there are none. What is no folder is left for `load` to name.
     """
     found: list[str] = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -118,18 +122,22 @@ def expand(paths: Sequence[str | Path] | str | Path, root: str | Path = "runs") 
 
 def _meant(text: str, root: Path) -> list[str]:
     """Return the runs that one entry means, by name below the root, those of a sweep in natural order."""
-    if any((folder / "run.json").is_file() for folder in (Path(text), root / text)):
+    if text.startswith(PREFIX):
+        return [fetched(text, root)]
+    places = [Path(text), root / text]
+    if any((folder / "run.json").is_file() for folder in places):
         return [text]
     if any(character in text for character in "*?["):
-        inside = [path.parent for path in root.glob(f"{text}/run.json")]
+        found = [Path(path).parent for place in places for path in glob.glob(f"{place}/run.json")]
     else:
-        folder = next((folder for folder in (Path(text), root / text) if folder.is_dir()), None)
+        folder = next((folder for folder in places if folder.is_dir()), None)
         if folder is None:
             return [text]
-        inside = [path.parent for path in folder.glob("*/run.json")]
+        found = [path.parent for path in folder.glob("*/run.json")]
+    inside = [path for path in dict.fromkeys(found) if (path / "samples.jsonl").is_file()]
     if not inside:
         raise RunError(
-            f"No run in {text} (looked below {root}): name runs, a folder of runs, or a pattern such as 'a-*'."
+            f"No run with samples in {text} or below {root}: name runs, a folder of runs, or a pattern such as 'a-*'."
         )
     names = [str(path.relative_to(root)) if path.is_relative_to(root) else str(path) for path in inside]
     return sorted(names, key=_natural)
@@ -142,18 +150,33 @@ def _natural(text: str) -> list[tuple[bool, float, str]]:
 
 
 def load_all(paths: Sequence[str | Path], root: str | Path = "runs") -> list[Source]:
-    """Read the runs, with labels made different where they are the same."""
+    """Read the runs, each folder once, with labels made different where they are the same."""
     paths = expand(paths, root)
     if not paths:
         raise RunError("Nothing to compare: name at least one run, such as 'runs=[base,steered]'.")
-    sources = [load(path, root) for path in paths]
+    folders = {source.folder.resolve(): source for source in (load(path, root) for path in paths)}
+    sources = list(folders.values())
     labels = [source.label for source in sources]
-    return [
-        source
-        if labels.count(source.label) == 1
-        else dataclasses.replace(source, label=f"{source.label} ({source.info.name})")
+    named = [
+        source.label if labels.count(source.label) == 1 else f"{source.label} ({source.folder.name})"
         for source in sources
     ]
+    return [dataclasses.replace(source, label=_numbered(named, i)) for i, source in enumerate(sources)]
+
+
+def _numbered(labels: Sequence[str], i: int) -> str:
+    """Return the i-th label, with a number where others have it too."""
+    if labels.count(labels[i]) == 1:
+        return labels[i]
+    number = labels[: i + 1].count(labels[i])
+    while f"{labels[i]} {number}" in labels:
+        number += len(labels)
+    return f"{labels[i]} {number}"
+
+
+def readable(text: str) -> str:
+    """Return text without characters that steer a terminal or turn the direction of what follows; emoji stay whole."""
+    return "".join(c if c.isprintable() or c == JOINER else " " for c in text)
 
 
 def _refuse_unfinished(run: Run) -> None:
@@ -167,7 +190,7 @@ def _refuse_unfinished(run: Run) -> None:
 
 def _holds_pixels(samples: StoredSamples, x0: Tensor) -> bool:
     """Say whether x0 is the picture itself, of the same height and width, and not a latent."""
-    picture = samples.picture(0) if len(samples) else None
+    picture = next((path for i in range(len(samples)) if (path := samples.picture(i)) is not None), None)
     if picture is None or x0.ndim != 4 or x0.shape[1] not in (1, 3):
         return False
     with Image.open(picture) as image:

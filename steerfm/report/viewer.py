@@ -27,7 +27,8 @@ def gallery(comparison: Comparison) -> dict[str, Any] | None:
     runs: labels. figures: names of reward, parts and held-out values; `judged` is the place of the first held-out one.
     pairs: [prompt, seed], the prompt as its place among `prompts`. cells: a list a run of a list a pair,
     [picture, figure, ...] or None where the run lacks the pair; a picture is its place among `pictures` (data URIs), or
-    -1. `total`: how many pairs there are. `tiny`: whether pixels should stay visible.
+    -1. `total`: how many pairs there are. `common`: whether all runs have some. `tiny`: whether pixels should stay
+    visible.
     """
     sources = comparison.sources
     pairs = spread_pairs(comparison, max(1, MOST_PICTURES // len(sources)))
@@ -46,6 +47,7 @@ def gallery(comparison: Comparison) -> dict[str, Any] | None:
         "pairs": [[places[prompt], seed] for prompt, seed in pairs],
         "cells": cells,
         "pictures": album.uris,
+        "common": bool(set.intersection(*(set(source.pairs) for source in sources))),
         "total": len({pair for source in sources for pair in source.pairs}),
         "tiny": is_tiny(album.sizes),
         "side": album.side,

@@ -40,6 +40,12 @@ def _about_one(source: Source) -> list[str]:
         found.append(
             f"'{source.label}' has {twice} (prompt, seed) pairs more than once: left out of paired differences."
         )
+    lost = sum(bool(row.get("image")) and source.samples.picture(i) is None for i, row in enumerate(source.rows))
+    if lost:
+        found.append(
+            f"'{source.label}' lacks {lost} of its {len(source.rows)} pictures: copy its folder images/ too. Without "
+            "any, pixels beyond [-1, 1] count in its diversity and Fréchet distance."
+        )
     if source.x0 is not None and not bool(source.x0.isfinite().all()):
         found.append(f"'{source.label}' has samples that are not finite: no diversity, no Fréchet distance.")
     if source.reference is not None and source.reference[0].numel() > LARGEST_DIMENSION:

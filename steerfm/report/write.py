@@ -44,13 +44,19 @@ def write_comparison(
 def describe(comparison: Comparison, title: str = "", wandb_mode: str = "disabled") -> dict[str, Any]:
     """Return the config that a comparison is made from."""
     return {
-        "runs": [source.info.name for source in comparison.sources],
+        "runs": [_below(source.folder, comparison.root) for source in comparison.sources],
         "subsets": plain(list(comparison.subsets)),
         "x": comparison.x,
         "lines": [dataclasses.asdict(line) for line in comparison.lines],
         "title": title,
         "wandb_mode": wandb_mode,
     }
+
+
+def _below(folder: Path, root: str) -> str:
+    """Return a run's folder as a name below the root, where it lies there."""
+    inside = folder.resolve().is_relative_to(Path(root).resolve())
+    return str(folder.resolve().relative_to(Path(root).resolve())) if inside else str(folder)
 
 
 def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
@@ -70,7 +76,7 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
         run.write_bytes("pictures.png", sheet(comparison))
     if comparison.lines:
         run.write_bytes("curves.png", png(lines(comparison)))
-    log_comparison(comparison, run.folder, mode=mode, name=run.info.name)
+    log_comparison(comparison, run.folder, mode=mode, name=run.info.name, title=title)
     run.write_text("page.html", page(comparison, title))
 
 

@@ -160,7 +160,7 @@ def test_a_run_in_wandb_keeps_its_page_when_it_goes_on(there: Path):
     arguments = [*tuning("logged"), "logger=wandb", "trainer.log_every_n_steps=1"]
     assert main(arguments) == 130
     assert main(arguments) == 0
-    pages = {path.name.rsplit("-", 1)[1] for path in (there / "runs" / "logged" / "wandb").glob("offline-run-*")}
+    pages = {path.name.split("-")[3] for path in (there / "runs" / "logged" / "wandb").glob("offline-run-*")}
     assert len(pages) == 1
 
 

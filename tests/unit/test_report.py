@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,65 @@ def test_differences_are_paired_by_prompt_and_seed(six: Path, compared: report.C
     assert "within noise" in columns.difference_text(reward)
     assert any("differ in seeds: 24 (prompt, seed) pairs in common" in warning for warning in shifted.warnings)
     assert [source.label for source in shifted.sources] == ["base (base)", "base (again)"]
+
+
+def test_each_folder_counts_once_and_labels_tell_runs_apart(tmp_path: Path) -> None:
+    """A copy that came from another machine has the same label and name in run.json."""
+    folder = make_run(tmp_path, "base").folder
+    shutil.copytree(folder, tmp_path / "copied")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(folder, tmp_path / "elsewhere" / "base")
+    comparison = report.compare(["base", "./base", "copied", "elsewhere/base", tmp_path / "copied"], root=tmp_path)
+    assert [row.label for row in comparison.rows][:3] == ["base (base) 1", "base (copied)", "base (base) 2"]
+    page = report.write_comparison(comparison, tmp_path / "c")
+    assert Run.open(page.parent).config["runs"] == ["base", "copied", "elsewhere/base"]
+
+
+def test_labels_steer_no_terminal(tmp_path: Path) -> None:
+    label = "\x1b[31mred \u202ereversed 👩\u200d👧"
+    with Run.start("odd", command="sample", config={}, recipe="r", label=label, root=tmp_path) as run:
+        run.write_samples(pose("base", count=3)[0])
+    assert report.compare(["odd"], root=tmp_path).rows[0].label == " [31mred  reversed 👩\u200d👧"
+
+
+def test_missing_pictures_are_said_and_change_no_figure_while_one_is_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "base")
+    before = report.compare(["base"], root=tmp_path).rows[0]
+    pictures = sorted((run.folder / "images").glob("*.png"))
+    for path in pictures[:-1]:
+        path.unlink()
+    comparison = report.compare(["base"], root=tmp_path)
+    assert comparison.rows[0].diversity == before.diversity
+    assert any(f"lacks {len(pictures) - 1} of its 48 pictures" in warning for warning in comparison.warnings)
+
+
+def test_costs_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run = make_run(tmp_path, "base", name=name)
+        path = run.folder / "samples.jsonl"
+        path.write_text(path.read_text().replace('"network_calls": 4', '"network_calls": null'))
+    comparison = report.compare(["a", "b"], root=tmp_path)
+    assert "network_calls" not in comparison.rows[0].costs and comparison.equal_cost == ()
+    assert report.page(comparison)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["a"], "has the form {column"),
+        ({"x": ["a"]}, r"lines.x has the form"),
+        ({"x": {"y": "a"}}, r"The line 'y' needs a list of runs, such as \[a\], got 'a'"),
+    ],
+)
+def test_lines_of_another_form_are_one_sentence(tmp_path: Path, lines, said: str) -> None:
+    make_run(tmp_path, "base", name="a")
+    with pytest.raises(RunError, match=said):
+        report.compare(["a"], root=tmp_path, lines=lines)
+
+
+def test_numbers_beyond_reason_do_not_stop_it() -> None:
+    assert columns.plus_minus(estimates.Estimate(1e308, -1.7e308, 1.7e308, 3))
+    assert columns.plus_minus(estimates.Estimate(0.5, 0.5, 0.5 + 1e-320, 3)) == "0.500"
 
 
 def test_warnings_name_what_differs(tmp_path: Path) -> None:
@@ -357,7 +417,7 @@ def test_wandb_keeps_the_table_and_the_pictures_readable(compared: report.Compar
     staged = {path: path.read_bytes() for path in kept.glob("data/**/*") if path.is_file()}
     pictures = {hashlib.sha256(data).hexdigest(): data for data in staged.values() if data.startswith(b"\x89PNG")}
     tables = [json.loads(data) for data in staged.values() if data.startswith(b"{") and b'"_type": "table"' in data]
-    figures = next(table for table in tables if table["columns"][0] == "label")
+    figures = next(table for table in tables if table["columns"][:2] == ["label", "kind"])
     samples = next(table for table in tables if table["columns"][0] == "prompt")
     assert figures["data"] == json.loads(json.dumps([list(row.values()) for row in compared.records()]))
     assert samples["columns"][:4] == ["prompt", "seed", "base", "base: reward"]

@@ -20,17 +20,12 @@ from PIL import Image
 from tiny_recipes import tiny
 from wandb_stand_in import ENTITY, KEY, StandIn, stand_in
 
-from steerfm import config, report
+from steerfm import report
 from steerfm.cli import main
 from steerfm.errors import RunError
 from steerfm.report import remote, wandb_run
 
 LOGGED = ["logger=wandb", "trainer.log_every_n_steps=1"]
-
-
-def logged(recipe: str) -> str:
-    """Return the override that lets a recipe log to W&B, whether or not it names a logger itself."""
-    return "logger=wandb" if "logger" in config.preview([f"recipe={recipe}"]) else "+logger=wandb"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stan
         assert main([*tuning, "callbacks.guard.every=1"]) == 0
         for command, map_name in (("digits_sample", "base"), ("digits_steer", "tuned")):
             asked = [*tiny(command, "reward=brightness"), f"name={command}", f"map=runs/{map_name}"]
-            assert main([*asked, logged(command)]) == 0
+            assert main([*asked, "logger=wandb"]) == 0
         yield folder, server
 
 
@@ -210,7 +205,7 @@ def test_runs_end_well_without_wandb(
             *tiny("digits_steer", "reward=brightness"),
             f"name=steer_{trouble}",
             "map=runs/base",
-            logged("digits_steer"),
+            "logger=wandb",
         ],
     }
     with stand_in(monkeypatch, tmp_path / "home") as server:
@@ -313,7 +308,7 @@ def test_the_other_loggers_get_figures_and_tensorboard_pictures(here: Path) -> N
     assert (drawn == pixels(Path("runs/board/pictures/step_0000002.png").read_bytes())[::4, ::4]).all()
     for logger in ("tensorboard", "csv"):
         asked = [*tiny("digits_steer", "reward=brightness"), f"name=steer_{logger}", "map=runs/base"]
-        assert main([*asked, logged("digits_steer").replace("wandb", logger)]) == 0
+        assert main([*asked, f"logger={logger}"]) == 0
     events = EventAccumulator("runs/steer_tensorboard/logs/tensorboard")
     events.Reload()
     rewards = json.loads(Path("runs/steer_tensorboard/metrics.json").read_text())

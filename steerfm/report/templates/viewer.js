@@ -8,7 +8,8 @@
   const [grid, sentinel, count, tip, dialog] = ["cards", "more", "count", "tip", "dialog"].map(find);
   const VIEWS = ["side", "one", "wipe"];
   const AT_ONCE = 36; // cards drawn at a time
-  let state = { view: "side", run: 0, left: 0, right: Math.min(1, runs.length - 1), hidden: new Set() };
+  const last = Math.min(1, runs.length - 1); // the first run is what the others are held against
+  let state = { view: "side", run: last, left: 0, right: last, hidden: new Set() };
   let order = [];
   let drawn = 0;
   let open = null; // the [run, pair] that the dialog shows
@@ -44,15 +45,16 @@
     return ranks.get(name);
   };
   const difference = (a, b) => (a === null || b === null || a === undefined || b === undefined ? null : a - b);
-  const gain = (pair, place) => difference(figure(state.run, pair, place), figure(0, pair, place));
+  const chosen = () => (state.view === "wipe" ? [state.left, state.right] : [0, state.run]);
+  const gain = (pair, place) => difference(figure(chosen()[1], pair, place), figure(chosen()[0], pair, place));
   const SORTS = {
     given: () => null,
-    high: (pair) => figure(state.run, pair, state.figure),
-    low: (pair) => difference(0, figure(state.run, pair, state.figure)),
+    high: (pair) => figure(chosen()[1], pair, state.figure),
+    low: (pair) => difference(0, figure(chosen()[1], pair, state.figure)),
     gain: (pair) => gain(pair, state.figure),
     loss: (pair) => difference(0, gain(pair, state.figure)),
     disagreement: (pair) => {
-      const gap = difference(rank(state.run, 0).get(pair), rank(state.run, judged).get(pair));
+      const gap = difference(rank(chosen()[1], 0).get(pair), rank(chosen()[1], judged).get(pair));
       return gap === null ? null : Math.abs(gap);
     },
   };
@@ -69,7 +71,7 @@
     state.figure = Number(find("figure").value);
     order = pairs.map((_, pair) => pair).filter((pair) => {
       if (words && !promptOf(pair).toLowerCase().includes(words)) return false;
-      const value = figure(state.run, pair, state.figure);
+      const value = figure(chosen()[1], pair, state.figure);
       return (least === null || (value !== null && value >= least)) && KEPT[find("only").value](pair);
     });
     if (sort !== "given") {
@@ -155,12 +157,24 @@
     find("left").value = state.left;
     find("right").value = state.right;
   };
+  const next = (run, by) => { // the run shown after this one, those that are switched off passed over
+    for (let step = 1; step <= runs.length; step += 1) {
+      const other = (run + by * step + runs.length * step) % runs.length;
+      if (!state.hidden.has(other)) return other;
+    }
+    return run;
+  };
   const change = (changes) => {
     state = { ...state, ...changes };
     show();
     redraw();
   };
-  for (const view of VIEWS) find(`view-${view}`).addEventListener("change", () => change({ view }));
+  for (const view of VIEWS) {
+    find(`view-${view}`).addEventListener("change", () => change({ view }));
+    find(`view-${view}`).addEventListener("click", (event) => { // a pointer's click leaves the arrow keys to the runs
+      if (event.detail > 0) event.target.blur();
+    });
+  }
   for (const name of ["run", "run-slider"]) {
     find(name).addEventListener("input", (event) => change({ run: Number(event.target.value) }));
   }
@@ -177,6 +191,7 @@
   document.addEventListener("runs", (event) => {
     state.hidden = event.detail;
     if (state.view === "side") refresh();
+    else if (state.view === "one" && state.hidden.has(state.run)) change({ run: next(state.run, 1) });
   });
 
   // What a picture is worth: all its figures, while the pointer or the focus is on it
@@ -215,7 +230,7 @@
   const step = (runsOn, pairsOn) => {
     const [run, pair] = open;
     const place = order.indexOf(pair) + pairsOn;
-    open = [(run + runsOn + runs.length) % runs.length, order[Math.min(Math.max(place, 0), order.length - 1)]];
+    open = [runsOn ? next(run, runsOn) : run, order[Math.min(Math.max(place, 0), order.length - 1)]];
     fill();
   };
   grid.addEventListener("click", (event) => {
@@ -244,16 +259,17 @@
       step(...KEYS[event.key]);
       return;
     }
-    if (event.target.closest("input, select, textarea, summary, .scroll")) return;
+    const radio = event.target.type === "radio";
+    if (!radio && event.target.closest("input, select, textarea, summary, .scroll")) return;
     if (event.key === "Escape") hush();
     if (event.key === "/") {
       event.preventDefault();
       find("search").focus();
     } else if (event.key === "v") {
       change({ view: VIEWS[(VIEWS.indexOf(state.view) + 1) % VIEWS.length] });
-    } else if (state.view === "one" && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
+    } else if (state.view === "one" && !radio && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
       event.preventDefault();
-      change({ run: (state.run + KEYS[event.key][0] + runs.length) % runs.length });
+      change({ run: next(state.run, KEYS[event.key][0]) });
     }
   });
 
