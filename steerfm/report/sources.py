@@ -158,7 +158,7 @@ def load_all(paths: Sequence[str | Path], root: str | Path = "runs") -> list[Sou
     sources = list(folders.values())
     labels = [source.label for source in sources]
     named = [
-        source.label if labels.count(source.label) == 1 else f"{source.label} ({source.folder.name})"
+        source.label if labels.count(source.label) == 1 else f"{source.label} ({place(source.folder, root)})"
         for source in sources
     ]
     return [dataclasses.replace(source, label=_numbered(named, i)) for i, source in enumerate(sources)]
@@ -172,6 +172,12 @@ def _numbered(labels: Sequence[str], i: int) -> str:
     while f"{labels[i]} {number}" in labels:
         number += len(labels)
     return f"{labels[i]} {number}"
+
+
+def place(folder: Path, root: str | Path) -> str:
+    """Return a run's folder as a name below the root, where it lies there."""
+    inside = folder.resolve().is_relative_to(Path(root).resolve())
+    return folder.resolve().relative_to(Path(root).resolve()).as_posix() if inside else str(folder)
 
 
 def readable(text: str) -> str:

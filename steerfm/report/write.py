@@ -13,6 +13,7 @@ from steerfm.report.encodings import png
 from steerfm.report.lines import lines
 from steerfm.report.page import page
 from steerfm.report.sheet import sheet
+from steerfm.report.sources import place
 from steerfm.report.terminal import markdown
 from steerfm.report.wandb import log_comparison, resolve_mode
 from steerfm.runs import Run, run_fingerprint
@@ -44,19 +45,13 @@ def write_comparison(
 def describe(comparison: Comparison, title: str = "", wandb_mode: str = "disabled") -> dict[str, Any]:
     """Return the config that a comparison is made from."""
     return {
-        "runs": [_below(source.folder, comparison.root) for source in comparison.sources],
+        "runs": [place(source.folder, comparison.root) for source in comparison.sources],
         "subsets": plain(list(comparison.subsets)),
         "x": comparison.x,
         "lines": [dataclasses.asdict(line) for line in comparison.lines],
         "title": title,
         "wandb_mode": wandb_mode,
     }
-
-
-def _below(folder: Path, root: str) -> str:
-    """Return a run's folder as a name below the root, where it lies there."""
-    inside = folder.resolve().is_relative_to(Path(root).resolve())
-    return str(folder.resolve().relative_to(Path(root).resolve())) if inside else str(folder)
 
 
 def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:

@@ -126,7 +126,7 @@ def test_each_folder_counts_once_and_labels_tell_runs_apart(tmp_path: Path) -> N
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(folder, tmp_path / "elsewhere" / "base")
     comparison = report.compare(["base", "./base", "copied", "elsewhere/base", tmp_path / "copied"], root=tmp_path)
-    assert [row.label for row in comparison.rows][:3] == ["base (base) 1", "base (copied)", "base (base) 2"]
+    assert [row.label for row in comparison.rows][:3] == ["base (base)", "base (copied)", "base (elsewhere/base)"]
     page = report.write_comparison(comparison, tmp_path / "c")
     assert Run.open(page.parent).config["runs"] == ["base", "copied", "elsewhere/base"]
 

@@ -133,12 +133,11 @@ def test_runs_in_wandb_compare_as_they_do_here(server: StandIn, tmp_path: Path) 
     names = ["digits_sample", "digits_steer"]
     local = report.compare(names).records()
     addresses = [f"wandb:{ENTITY}/steerfm/{record(name)['id']}" for name in names]
-    there = report.compare([remote.fetched(each, tmp_path) for each in addresses], root=tmp_path).records()
+    there = report.compare(addresses, root=tmp_path).records()
     assert there == [{**row, "run": there[i]["run"]} for i, row in enumerate(local)]
     assert there[1]["temperature"] == 0.1 and there[1]["tuning_seconds"] > 0  # known of the runs before it
     asked = len(server.asked)
-    names = [remote.fetched(each, tmp_path) for each in addresses]
-    assert report.compare(names, root=tmp_path).records() == there
+    assert report.compare(addresses, root=tmp_path).records() == there
     assert len(server.asked) == asked  # they are here now
 
 
