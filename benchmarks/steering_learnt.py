@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vl_convert
 from landscape import start_worker, trained
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +36,7 @@ from steerfm import FlowMap, config, seeds
 from steerfm.commands import common
 from steerfm.files import read_json, write_atomic
 from steerfm.metrics import sliced_wasserstein
-from steerfm.report.charts import Axis
+from steerfm.report.encodings import SCHEMA, VERSION, theme
 from steerfm.runs import run_fingerprint
 
 STEPS = (250, 500, 1000, 2000, 4000, 8000)
@@ -171,50 +172,42 @@ def judge(problem: str, maps: dict[str, dict[str, float]], found: Found) -> list
     return lines
 
 
-WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 260, 52, 26, 20  # of a panel, in SVG units
-COLOURS = ("#3969ac", "#e68310", "#11a579", "#cf1c90")
-
-
 def picture(maps: dict[str, dict[str, float]], found: dict[str, Found]) -> str:
     """Return the curves of W2 over the floor against look-aheads' error as SVG, a panel a problem, on log scales."""
     learnt = [name for name in maps if name != "exact"]
-    ratios = [ratio(each, p) for p, of in found.items() for by in of.values() for each in by.values()]
-    gaps = [maps[name]["look_ahead"] for name in learnt]
-    parts, width = [], LEFT + len(found) * (WIDTH + GAP)
-    for i, (problem, of) in enumerate(found.items()):
-        left = LEFT + i * (WIDTH + GAP)
-        x = Axis(min(gaps) / 1.2, max(gaps) * 1.2, left, left + WIDTH, logarithmic=True)
-        y = Axis(min(ratios) / 1.2, max(ratios) * 1.2, TOP + HEIGHT, TOP, logarithmic=True)
-        parts.append(panel(x, y, f"{problem}: W2 over the floor", first=i == 0))
-        for j, method in enumerate(of[learnt[0]]):
-            heights = [y.place(ratio(of[name][method], problem)) for name in learnt]
-            places = list(zip(map(x.place, gaps), heights, strict=True))
-            line = " ".join(f"{a},{b}" for a, b in places)
-            marks = "".join(f'<circle cx="{a}" cy="{b}" r="3"/>' for a, b in places)
-            corner = f'x="{left + WIDTH - 8}" y="{TOP + HEIGHT - 12 - 16 * j}" text-anchor="end"'
-            told = f"<text {corner}>{METHODS[method]}</text>"
-            curve = f'<polyline points="{line}" fill="none" stroke="{COLOURS[j]}"/>'
-            parts.append(f'<g fill="{COLOURS[j]}">{curve}{marks}{told}</g>')
-    style = 'font-family="sans-serif" font-size="12" fill="#333"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + HEIGHT + 44}" {style}>'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
-
-
-def panel(x: Axis, y: Axis, title: str, first: bool) -> str:
-    """Return the frame of a panel: its title, ticks, and a line at the floor."""
-    middle, bottom = (x.start + x.end) / 2, TOP + HEIGHT
-    lines = [f'<text x="{middle}" y="{TOP - 9}" text-anchor="middle">{title}</text>']
-    lines.append(
-        f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle">root mean square error of a look-ahead</text>'
-    )
-    lines.append(f'<path d="M{x.start} {TOP}V{bottom}H{x.end}" fill="none" stroke="#999"/>')
-    if y.low < 1 < y.high:
-        lines.append(f'<path d="M{x.start} {y.place(1.0)}H{x.end}" stroke="#999" stroke-dasharray="3 3"/>')
-    for tick in x.ticks():
-        lines.append(f'<text x="{tick.place}" y="{bottom + 17}" text-anchor="middle">{tick.text}</text>')
-    for tick in y.ticks() if first else []:
-        lines.append(f'<text x="{x.start - 7}" y="{tick.place + 4}" text-anchor="end">{tick.text}</text>')
-    return "\n".join(lines)
+    points = [
+        {
+            "problem": problem,
+            "method": METHODS[m],
+            "gap": maps[name]["look_ahead"],
+            "ratio": ratio(of[name][m], problem),
+        }
+        for problem, of in found.items()
+        for m in of[learnt[0]]
+        for name in learnt
+    ]
+    logarithmic = {"type": "log", "nice": False, "padding": 12}
+    x = {
+        "field": "gap",
+        "type": "quantitative",
+        "title": "root mean square error of a look-ahead",
+        "scale": logarithmic,
+    }
+    y = {"field": "ratio", "type": "quantitative", "title": "sliced W2 over the floor", "scale": logarithmic}
+    method = {"field": "method", "type": "nominal", "title": None, "legend": {"orient": "bottom"}}
+    curves = {
+        "mark": {"type": "line", "point": {"filled": True, "size": 50}},
+        "encoding": {"x": x, "y": y, "color": method, "order": {"field": "gap"}},
+    }
+    floor = {"mark": {"type": "rule", "strokeDash": [4, 3]}, "encoding": {"y": {"datum": 1}}}
+    specification = {
+        "$schema": SCHEMA,
+        "data": {"values": points},
+        "facet": {"column": {"field": "problem", "type": "nominal", "title": None, "sort": list(found)}},
+        "spec": {"width": 330, "height": 260, "layer": [floor, curves]},
+        "config": {**theme(dark=False), "background": "#ffffff"},
+    }
+    return vl_convert.vegalite_to_svg(specification, vl_version=VERSION)
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

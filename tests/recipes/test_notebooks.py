@@ -32,6 +32,7 @@ def outputs(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
     return [output["data"][kind] for output in found if kind in output.get("data", {})]
 
 
+@pytest.mark.slow  # `make docs` runs them too
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["comparing", "own_reward"])
 def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
