@@ -73,3 +73,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_folder(workplace: Path) -> Path:
     """Return ``runs/test`` in an empty current directory; the folder itself is not made."""
     return workplace / "runs" / "test"
+
+
+@pytest.fixture(scope="session")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six finished runs, which no test changes."""
+    from made_runs import make_runs
+
+    root = tmp_path_factory.mktemp("runs")
+    make_runs(root)
+    return root

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,13 @@ class Comparison:
             if row.note and row.kind != "subset":
                 found.setdefault(row.note.rstrip(". "), []).append(row.label)
         return tuple((listed(labels), note) for note, labels in found.items())
+
+    @cached_property
+    def conclusions(self) -> list[str]:
+        """Return what the figures say, in sentences; worked out once for all places that show it."""
+        from steerfm.report.conclusions import conclusions  # which itself compares further pairs of runs
+
+        return conclusions(self)
 
     def records(self) -> list[dict[str, Any]]:
         """Return a flat dictionary of plain values a row, with the same keys for all."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from steerfm.report import charts, encodings
 from steerfm.report.columns import Column, columns, difference_text, differences, interval
 from steerfm.report.compare import Comparison
-from steerfm.report.conclusions import conclusions, meaning
+from steerfm.report.conclusions import meaning
 from steerfm.report.lines import described, lines
 from steerfm.report.rows import Row
 from steerfm.report.settings import different_settings
@@ -47,7 +47,7 @@ def page(comparison: Comparison, title: str = "") -> str:
             title=title or f"Comparison of {count} {_plural(count, 'run')}",
             summary=_summary(comparison),
             comparison=comparison,
-            conclusions=conclusions(comparison),
+            conclusions=comparison.conclusions,
             meaning=meaning(comparison),
             **_tables(comparison),
             charts=plots,

@@ -8,7 +8,7 @@ from typing import Any
 from steerfm.report.artifacts import read_record
 from steerfm.report.columns import COST_NAMES
 from steerfm.report.compare import Comparison
-from steerfm.report.conclusions import conclusions, meaning
+from steerfm.report.conclusions import meaning
 from steerfm.report.rows import Row
 from steerfm.report.settings import different_settings
 from steerfm.report.sources import Source
@@ -45,7 +45,7 @@ def plan(comparison: Comparison, run: Mapping[str, str], title: str = "") -> dic
             _heading("Settings"),
             _text(settings(comparison.sources)),
             _heading("Conclusions"),
-            _text("\n".join(f"- {said}" for said in [*conclusions(comparison), meaning(comparison)])),
+            _text("\n".join(f"- {said}" for said in [*comparison.conclusions, meaning(comparison)])),
         ],
     }
 

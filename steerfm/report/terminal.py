@@ -13,7 +13,7 @@ from rich.text import Text
 
 from steerfm.report.columns import Column, column_groups, columns, difference_text, differences
 from steerfm.report.compare import Comparison
-from steerfm.report.conclusions import conclusions, meaning
+from steerfm.report.conclusions import meaning
 
 
 class ComparisonTable:
@@ -33,7 +33,7 @@ class ComparisonTable:
         if self.comparison.pairs:
             yield Text(f"Difference to {self.comparison.pairs[0].against}, same prompts and seeds", style="bold")
             yield _differences(self.comparison)
-        for said in conclusions(self.comparison):
+        for said in self.comparison.conclusions:
             yield Text(f"- {said}")
         yield Text(meaning(self.comparison), style="dim")
         for label, note in self.comparison.notes:
@@ -57,7 +57,7 @@ def markdown(comparison: Comparison) -> str:
         first = Column(f"minus {comparison.pairs[0].against}", "", _nothing, str, numeric=False)
         cells = [[label, *map(difference_text, pairs)] for label, pairs in rows]
         text += "\nDifferences on the same prompts and seeds:\n\n" + _markdown_table([first, *titles], cells)
-    said = "".join(f"- {_escaped(each)}\n" for each in conclusions(comparison))
+    said = "".join(f"- {_escaped(each)}\n" for each in comparison.conclusions)
     text += f"\nWhat they say:\n\n{said}\n{meaning(comparison)}\n" if said else ""
     notes = [f"- {_escaped(label)}: {_escaped(note)}\n" for label, note in comparison.notes]
     warnings = notes + [f"- Warning: {_escaped(warning)}\n" for warning in comparison.warnings]

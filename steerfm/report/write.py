@@ -8,7 +8,6 @@ from typing import Any
 
 from steerfm.provenance import plain
 from steerfm.report.compare import Comparison, Pair
-from steerfm.report.conclusions import conclusions
 from steerfm.report.encodings import png
 from steerfm.report.lines import lines
 from steerfm.report.page import page
@@ -60,7 +59,7 @@ def _write(comparison: Comparison, run: Run, title: str, mode: str) -> None:
         "rows": comparison.records(),
         "differences": [_difference(pair) for pair in comparison.pairs],
         "equal_cost": [dataclasses.asdict(found) for found in comparison.equal_cost],
-        "conclusions": conclusions(comparison),
+        "conclusions": comparison.conclusions,
         "warnings": list(comparison.warnings),
         "prompts": list(comparison.prompts),
         "equal_samples": comparison.equal_samples,

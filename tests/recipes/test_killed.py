@@ -104,7 +104,7 @@ def killed(lives: Lives, folder: Path, recipe: str, kills: int, steps: int) -> N
     longest = time.monotonic() - started
     run, done, deaths, ends, reached = folder / "runs" / f"{recipe}_killed", 0, 0, 0, set()
     while deaths < kills:
-        code = lives.live(chance.uniform(0.1, 1) * longest, broken)
+        code = lives.live(chance.uniform(0.1, 0.7) * longest, broken)
         assert code in (0, -signal.SIGKILL), (folder / "lives.log").read_text()[-2000:]
         if code == 0:  # it came to its end before: the rest of the deaths are another run's
             assert same(run, folder / "runs" / f"{recipe}_whole")

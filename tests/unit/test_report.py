@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_runs import METHODS, PROMPT, make_run, make_runs, points_run, pose, scans
+from made_runs import METHODS, PROMPT, make_run, points_run, pose, scans
 from PIL import Image
 from rich.console import Console
 
@@ -27,14 +27,6 @@ from steerfm.report.wandb import resolve_mode
 from steerfm.runs import Run
 
 OWN_SEVENS = {"label": "base, its own sevens", "run": "base", "where": "held_out.judge p(7)", "above": 0.5}
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of six finished runs."""
-    root = tmp_path_factory.mktemp("runs")
-    make_runs(root)
-    return root
 
 
 @pytest.fixture(scope="module")

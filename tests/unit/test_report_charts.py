@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import vl_convert
-from made_runs import make_runs
 from PIL import Image
 
 from steerfm import report
@@ -20,14 +19,6 @@ from steerfm.report.rows import Row
 
 RUNS = ["base", "best-of-16", "guidance--T---0-1", "tilting--T---0-1", "fine-tuned--T---0-1", "fine-tuned--T---0-01"]
 LINES = {"keep the best": {"best of n": ["base", "best-of-16"]}, "gradients": {"guided": ["guidance, T = 0.1"]}}
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of six finished runs."""
-    root = tmp_path_factory.mktemp("runs")
-    make_runs(root)
-    return root
 
 
 @pytest.fixture(scope="module")

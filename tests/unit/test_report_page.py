@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_runs import make_run, make_runs, points_run, pose
+from made_runs import make_run, points_run, pose
 from PIL import Image
 
 from steerfm import report
@@ -26,14 +26,6 @@ from steerfm.report.settings import different_settings
 from steerfm.runs import Run
 
 EVIL = "</script><script>alert('x')</script><!--<img src=x onerror=alert(1)>\u2028"
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of six finished runs."""
-    root = tmp_path_factory.mktemp("runs")
-    make_runs(root)
-    return root
 
 
 @pytest.fixture(scope="module")
