@@ -2,7 +2,8 @@
 
 One function, `resolve`, turns every dotted path into an object, from recipes and from a saved map's JSON
 alike. Allowed by name: everything public in steerfm, and the short list below. A description is a plain
-dictionary {"_target_": "steerfm.networks.mlp.MLP", "width": 256, ...} that `build` turns back into an object.
+dictionary {"_target_": "steerfm.networks.mlp.MLP", "width": 256, ...} that `build` turns back into an object; of
+steerfm it may name only what `describe` writes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def resolve(dotted: str, trusted: Sequence[str] = ()) -> Any:
     """Return the class or function that `dotted` names, such as "steerfm.FlowMap.load".
 
     Nothing that is not trusted is imported. What a trusted module merely imports from elsewhere (its `os`,
-    say) is not reachable through it. Raises TrustError for an untrusted path, ConfigError for a missing one.
+    say) is not reachable through it, nor is a method that a class of ours inherits from elsewhere. Of a class only
+    what makes one is (FlowMap.load), for a method could be handed any object, and of other objects nothing, unless
+    the user trusts the package. Raises TrustError for an untrusted path, ConfigError for a missing one.
     """
     if not is_trusted(dotted, trusted):
         package = dotted.split(".")[0]
@@ -68,6 +71,8 @@ def resolve(dotted: str, trusted: Sequence[str] = ()) -> Any:
         if not hasattr(owner, name):
             where = getattr(owner, "__name__", dotted)
             raise ConfigError(f"'{where}' has no '{name}' (from '{dotted}'){nearest(name, dir(owner))}")
+        if not _of_users(dotted, trusted) and not _is_open(owner, name):
+            raise TrustError(f"'{dotted}' is a method or an attribute: name a class, what makes one, or a function.")
         owner = getattr(owner, name)
         if inspect.ismodule(owner) and not is_trusted(owner.__name__, trusted):
             raise TrustError(f"'{dotted}' leads out of trusted code to the module '{owner.__name__}'.")
@@ -94,10 +99,24 @@ def _check_home(target: Any, dotted: str, trusted: Sequence[str]) -> None:
     if not callable(target) or home is None:
         raise ConfigError(f"'{dotted}' names {type(target).__name__}, and a class or function is needed.")
     package = home.split(".")[0]
-    listed = package in {"steerfm", "lightning"} or (package == "torch" and dotted.startswith("torch.optim."))
-    if listed or package in {name.split(".")[0] for name in trusted}:
+    optimizer = package == "torch" and dotted.startswith("torch.optim.") and inspect.isclass(target)
+    ours = package == "steerfm" and _is_public(home)
+    if ours or dotted in ALLOWED_NAMES or optimizer or _of_users(home, trusted):
         return
     raise TrustError(f"'{dotted}' is only borrowed from '{home}', which is not trusted: --trust {package}")
+
+
+def _of_users(dotted: str, trusted: Sequence[str]) -> bool:
+    """Say whether a name is of a package, or of one with a module, that the user trusts."""
+    return dotted.split(".")[0] in {name.split(".")[0] for name in trusted}
+
+
+def _is_open(owner: Any, name: str) -> bool:
+    """Say whether a path may go on from `owner` to its attribute: into a module, or to what makes a class's objects."""
+    if inspect.ismodule(owner):
+        return True
+    found = inspect.getattr_static(owner, name, None) if inspect.isclass(owner) else None
+    return isinstance(found, (classmethod, staticmethod)) or inspect.isclass(found)
 
 
 def remembered(cls: _Class) -> _Class:
@@ -111,8 +130,14 @@ def remembered(cls: _Class) -> _Class:
             object.__setattr__(self, "_arguments", _by_name(bound))
         original(self, *args, **kwargs)
 
+    init.remembers = cls  # type: ignore[attr-defined]
     cls.__init__ = init
     return cls
+
+
+def is_remembered(cls: type) -> bool:
+    """Say whether instances of exactly this class remember their arguments."""
+    return getattr(cls.__init__, "remembers", None) is cls
 
 
 def _by_name(bound: inspect.BoundArguments) -> dict[str, Any] | None:
@@ -154,7 +179,11 @@ def describe(obj: Any) -> Any:
 
 
 def build(description: Any, trusted: Sequence[str] = ()) -> Any:
-    """Return the object that a description stands for; every dotted path goes through `resolve`."""
+    """Return the object that a description stands for; every dotted path goes through `resolve`.
+
+    Raises TrustError for what is no class, or a class of steerfm's that `describe` never writes: a saved map has no
+    business with a reward that asks a server, or with a trainer.
+    """
     if isinstance(description, Mapping):
         values = {key: build(value, trusted) for key, value in description.items() if key != "_target_"}
         if "_target_" not in description:
@@ -162,6 +191,8 @@ def build(description: Any, trusted: Sequence[str] = ()) -> Any:
         target = resolve(description["_target_"], trusted)
         if not isinstance(target, type):
             raise TrustError(f"'{description['_target_']}' is not a class, and saved data may only name classes.")
+        if not (is_remembered(target) or dataclasses.is_dataclass(target) or _of_users(target.__module__, trusted)):
+            raise TrustError(f"'{description['_target_']}' is no part of a map, and saved data may only name those.")
         check_arguments(target, values, description["_target_"])
         return target(**values)
     if isinstance(description, (list, tuple)):

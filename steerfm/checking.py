@@ -14,26 +14,46 @@ from steerfm.building import resolve as resolve_trusted
 from steerfm.errors import ConfigError, SteerfmError, TrustError, nearest
 
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-SEALED = (
+SEALED = (  # what imports by name, runs a command, opens a port, asks an address, or writes or moves files
+    "steerfm.backbones.export",
+    "steerfm.backbones.export_check",
+    "steerfm.backbones.lora_files",
+    "steerfm.backbones.pipeline_files",
     "steerfm.building",
+    "steerfm.callbacks.sample_grid.keep_picture",
     "steerfm.checking",
-    "steerfm.config",
-    "steerfm.commands",
     "steerfm.cli",
+    "steerfm.commands",
+    "steerfm.config",
+    "steerfm.data.latents.cache_latents",
+    "steerfm.files",
+    "steerfm.http_client",
+    "steerfm.images.save_png",
+    "steerfm.modules.common.save_averaged",
+    "steerfm.names",
+    "steerfm.provenance",
+    "steerfm.records",
+    "steerfm.report",
     "steerfm.reward.load_reward",
     "steerfm.reward_plugins",
     "steerfm.reward_server",
+    "steerfm.reward_wire",
+    "steerfm.runs",
+    "steerfm.saving",
 )
+REFUSED = {"lightning.pytorch.loggers.WandbLogger": ("settings",)}  # could send the key to another server
 
 
 def check(values: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
     """Check that every `_target_` may be used and takes the arguments that stand beside it; build nothing."""
+    _check_plain(values, "")
     for key, node in targets(values):
         name = node["_target_"]
         if not isinstance(name, str):
             raise ConfigError(f"{key}._target_ must be a dotted path, got {name!r}.")
         if "trusted" in node:
             raise TrustError(f"{key}.trusted stands in the recipe: trust is given on the command line, with --trust.")
+        _check_special(node, key)
         try:
             target = resolve(name, trusted)
             arguments = {argument: value for argument, value in node.items() if argument not in SPECIAL}
@@ -44,6 +64,27 @@ def check(values: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
         except SteerfmError as error:
             text = str(error)
             raise type(error)(text if text.startswith(key) else f"{key}: {text}") from error
+
+
+def _check_plain(node: Any, key: str) -> None:
+    """Raise ConfigError for a value that is none of JSON's, such as YAML's !!binary."""
+    if isinstance(node, Mapping | list):
+        for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            _check_plain(value, f"{key}.{name}" if key else str(name))
+    elif not isinstance(node, bool | int | float | str | None):
+        raise ConfigError(f"{key} is a {type(node).__name__}: a recipe holds numbers, texts, lists and mappings.")
+
+
+def _check_special(node: Mapping[str, Any], key: str) -> None:
+    """Raise ConfigError for a special key of the wrong type, TrustError for an argument that no recipe may give."""
+    if not isinstance(node.get("_args_", []), list):
+        raise ConfigError(f"{key}._args_ must be a list, got {node['_args_']!r}.")
+    for name in ("_partial_", "_recursive_"):
+        if not isinstance(node.get(name, False), bool):
+            raise ConfigError(f"{key}.{name} must be true or false, got {node[name]!r}.")
+    for name in REFUSED.get(node["_target_"], ()):
+        if name in node:
+            raise TrustError(f"{key}.{name} is not for recipes to give: set what you need in the environment.")
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -61,8 +102,9 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
 def resolve(name: str, trusted: Sequence[str] = ()) -> Any:
     """Return what a dotted path names, under the trust rule.
 
-    Refuses what would itself import by name, run commands or open a port: a recipe could trust for its user so. A
-    module that cannot be imported is a ConfigError, but for a missing package, whose extra the command line names.
+    Refuses what would itself import by name, run commands, open a port or write files: a recipe could trust for its
+    user so. A module that cannot be imported, or what says nothing of its arguments, is a ConfigError; a missing
+    package is not, since the command line names its extra.
     """
     try:
         found = resolve_trusted(name, trusted)
@@ -72,7 +114,13 @@ def resolve(name: str, trusted: Sequence[str] = ()) -> Any:
         raise ConfigError(f"'{name}' cannot be imported: {error}") from error
     home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}."
     if home.startswith(tuple(f"{sealed}." for sealed in SEALED)):
-        raise TrustError(f"'{name}' imports, runs or serves what it is told to, so a recipe may not name it.")
+        raise TrustError(
+            f"'{name}' imports, runs, serves, asks or writes what it is told to, so a recipe may not name it."
+        )
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"'{name}' does not say which arguments it takes, so none can be checked.") from error
     return found
 
 

@@ -5,6 +5,7 @@ Hydra is used here and nowhere else. Only plain dictionaries, lists, numbers and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
@@ -23,10 +24,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from steerfm import zoo
 from steerfm.checking import SPECIAL, check, resolve
 from steerfm.errors import ConfigError, SteerfmError, nearest
+from steerfm.files import check_yaml
 from steerfm.reward_plugins import plugins
 
 SHIPPED = "steerfm.recipes"
@@ -69,7 +72,7 @@ class Library:
         self.shipped = Path(str(importlib.resources.files(SHIPPED)))
         self.own = [folder for folder in _own_folders(folders) if not folder.samefile(self.shipped)]
         for folder in self.own:
-            _refuse_shadows(folder, self.shipped)
+            _check_folder(folder, self.shipped)
 
     def search_path(self) -> str:
         """Return the override that lets Hydra see the user's folders."""
@@ -97,7 +100,8 @@ class Library:
 
 def header(path: Path) -> tuple[str, ...]:
     """Return the opening comment of a recipe, line by line, without Hydra's own `# @package`."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return tuple(line.lstrip("# ").rstrip() for line in lines if not line.startswith("# @"))
 
 
@@ -227,12 +231,44 @@ def _own_folders(folders: Sequence[str | Path]) -> list[Path]:
     return [*given, here] if here.is_dir() and here not in given else given
 
 
-def _refuse_shadows(folder: Path, shipped: Path) -> None:
-    """Refuse a file of the user's that a shipped one of the same name and other content would hide."""
+def _check_folder(folder: Path, shipped: Path) -> None:
+    """Refuse a file of the user's that a shipped one of the same name and other content would hide, or a harmful one.
+
+    A file that cannot be read, or is no YAML, is named when it is used.
+    """
     for path in sorted(folder.rglob("*.yaml")):
         ours = shipped / path.relative_to(folder)
-        if ours.is_file() and ours.read_bytes() != path.read_bytes():
-            raise ConfigError(f"{path} has the name of a recipe that ships with steerfm and wins over it: rename it.")
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            if ours.is_file() and ours.read_bytes() != path.read_bytes():
+                raise ConfigError(
+                    f"{path} has the name of a recipe that ships with steerfm and wins over it: rename it."
+                )
+            text = path.read_text(encoding="utf-8")
+            try:
+                check_yaml(text)
+            except ValueError as error:
+                raise ConfigError(f"{path} is no recipe ({error}): mend it.") from error
+            _check_defaults(path, text)
+
+
+def _check_defaults(path: Path, text: str) -> None:
+    """Raise ConfigError where the defaults of a recipe lead out of the folders of recipes, to any YAML on the disk."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        leads = [event.value for event in _scalars(value) if ".." in re.split(r"[/\\\s@]+", event.value)]
+        if key.value == "defaults" and leads:
+            raise ConfigError(
+                f"{path} takes '{leads[0]}' among its defaults: write it from the top, as in /network: dit."
+            )
+
+
+def _scalars(node: Any) -> Iterator[Any]:
+    """Yield the scalars of a YAML node, and the keys of its mappings."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for each in child if isinstance(child, tuple) else (child,):
+            yield from _scalars(each)
 
 
 def _is_group(path: Path) -> bool:
@@ -294,6 +330,20 @@ def _check_command(command: str, recipe: str, base: Any) -> None:
         raise ConfigError(f"'{recipe}' is a recipe for another command: steerfm {wanted} recipe={recipe}")
 
 
+@contextlib.contextmanager
+def _without_environment() -> Iterator[None]:
+    """Refuse ${oc.env:NAME} in the block: what a recipe read so would lie in the run folder, and could be sent away."""
+
+    def refuse(name: str, default: Any = None) -> Any:
+        raise ConfigError(f"A recipe may not read the environment, and this one asks for {name}: pass it as key=value.")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
 def _compose(overrides: Sequence[str]) -> Any:
     """Return Hydra's composed config (an OmegaConf object: it must not leave this file).
 
@@ -301,12 +351,12 @@ def _compose(overrides: Sequence[str]) -> Any:
     """
     OmegaConf.register_new_resolver("zoo", lambda name: str(zoo.folder(name)), replace=True)
     try:
-        with hydra.initialize_config_module(version_base="1.3", config_module=SHIPPED):
+        with hydra.initialize_config_module(version_base="1.3", config_module=SHIPPED), _without_environment():
             return hydra.compose("main", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise ConfigError(f"The recipe does not compose: {' '.join(str(cause).split())}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"A file of the recipe is no YAML ({' '.join(str(error).split())}): mend it there; a text that holds ': ' "
             "needs quotes."
@@ -364,9 +414,12 @@ def _complete(config: Any, recipe: str, library: Library) -> dict[str, Any]:
         example = _example(missing[0], library)
         raise ConfigError(f"Recipe '{recipe}' needs a value for '{missing[0]}': add {example}")
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        with _without_environment():
+            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"Recipe '{recipe}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"Recipe '{recipe}': {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    except RecursionError as error:
+        raise ConfigError(f"Recipe '{recipe}' is nested too deeply: look for a ${{...}} that holds itself.") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
@@ -384,7 +437,7 @@ def _example(key: str, library: Library) -> str:
     pattern = re.compile(rf"^\s*{re.escape(key.split('.')[-1])}:\s*\?\?\?\s*#\s*(.+)$", re.MULTILINE)
     for folder in [*library.own, library.shipped]:
         for path in sorted(folder.rglob("*.yaml")):
-            found = pattern.search(path.read_text(encoding="utf-8"))
+            found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
             if found:
                 return f"{key}={found[1].strip()}"
     return f"{key}=VALUE"

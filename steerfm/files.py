@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 from steerfm.errors import RunError
 
 try:
@@ -22,6 +24,8 @@ except ImportError:  # Windows has no fcntl; folders are not locked there
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+MOST_LEVELS = 100  # of YAML, one inside the other
+MOST_NODES = 1_000_000  # of YAML, with every alias written out
 _held: dict[Path, int] = {}  # the folders that this process holds, and the open lock file of each
 
 
@@ -84,11 +88,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; RunError if it is missing, unreadable or something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(data, dict):
         raise damaged(path, "it holds no JSON object")
     return data
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in `path`, of what JSON has too; RunError if it is missing, unreadable or something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        data = yaml.safe_load(text)
+        json.dumps(data)
+    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(data, dict | None):
+        raise damaged(path, "it holds no mapping")
+    return data or {}
+
+
+def check_yaml(text: str) -> None:
+    """Raise ValueError for YAML that is nested too deeply, or would be too large with its aliases written out."""
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            sizes[anchor or ""] = size
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, MOST_NODES)  # an alias of what it stands in never ends
+        elif isinstance(event, yaml.ScalarEvent):
+            size = sizes[event.anchor or ""] = 1
+        open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
+        if len(open_nodes) > MOST_LEVELS:
+            raise ValueError(f"it is nested more than {MOST_LEVELS} deep")
+        if open_nodes[-1][1] >= MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES} entries with its aliases written out")
 
 
 def damaged(path: Path, reason: object) -> RunError:

@@ -81,7 +81,7 @@ def git_state(folder: str | Path = ".") -> dict[str, Any]:
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
     """Return what git prints, or None if it fails."""
-    command = ["git", "-C", os.fspath(folder), *arguments]
+    command = ["git", "-c", "core.fsmonitor=false", "-C", os.fspath(folder), *arguments]  # it could name a program
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, env=environment, check=True)

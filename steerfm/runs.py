@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ __all__ = [
     "set_aside",
 ]
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a model on the hub, org/name
 ATTACH_SECONDS = 60.0
 
 
@@ -142,11 +144,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Return the composed config."""
-        path = self.folder / "config.yaml"
-        try:
-            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise files.damaged(path, error) from error
+        return files.read_yaml(self.folder / "config.yaml")
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -275,10 +273,12 @@ def run_fingerprint(config: Mapping[str, Any], inputs: Iterable[str | Path] = ()
 def input_fingerprint(path: str | Path, root: str | Path = "runs") -> str:
     """Return a finished run's own fingerprint, another for the same run unfinished, else that of the bytes.
 
-    Raises RunError if there is nothing at `path`.
+    A hub id, org/name, stands for itself. Raises RunError if there is nothing at `path`.
     """
     if not (Path(path) / "run.json").exists() and not (Path(root) / path / "run.json").exists():
         if not Path(path).exists():
+            if HUB_ID.fullmatch(str(path)) and not Path(path).parent.exists():
+                return provenance.fingerprint({"hub": str(path)})
             raise RunError(f"Nothing found at {path}: make it first, or correct the path.")
         return provenance.file_fingerprint(Path(path))
     info = Run.open(path, root).info
