@@ -9,7 +9,10 @@ Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from steerfm.errors import ConfigError
 
+LARGE = 2**20  # numbers of a batch; above it the rows draw for themselves, so that no process draws them all
 STREAMS = ("initial", "step", "resample", "select", "posterior", "training", "validation", "data")
 
 
@@ -81,6 +85,69 @@ class RowDraws:
     def common(self, count: int = 1) -> list[float]:
         """Return `count` numbers in [0, 1) that are the same on every process."""
         return self._common.random(count).tolist()
+
+
+class BatchGenerator(torch.Generator):
+    """torch's generator of one process in training, which also knows the one that all processes share: see `drawn`.
+
+    rows: the numbers, in the global batch of `total` rows, of the rows that this process holds. A number drawn from it
+    directly belongs to the process; on one process there is no difference.
+    """
+
+    def __new__(cls, seed: int, step: int, rows: Sequence[int], total: int) -> BatchGenerator:
+        return super().__new__(cls)
+
+    def __init__(self, seed: int, step: int, rows: Sequence[int], total: int) -> None:
+        alone = len(rows) == total
+        self.shared: torch.Generator = self if alone else torch_generator(seed, "training", step)
+        self.manual_seed(torch_generator(seed, "training", step if alone else step * total + rows[0]).initial_seed())
+        self.rows, self.total = list(rows), total
+
+
+class Shares(NamedTuple):
+    """Hold how many rows a batch has, which of them are this process's, and the generator that processes share."""
+
+    total: int
+    rows: list[int]
+    generator: torch.Generator | None
+
+    def before(self, first: int) -> int:
+        """Return how many of this process's rows come before a row of the batch."""
+        return sum(row < first for row in self.rows)
+
+
+def shares(count: int, generator: torch.Generator | None) -> Shares:
+    """Return whose rows are drawn for a process that holds `count`: its own alone, but for a BatchGenerator."""
+    if not isinstance(generator, BatchGenerator):
+        return Shares(count, list(range(count)), generator)
+    return Shares(generator.total, generator.rows, generator.shared)
+
+
+def drawn(draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Return draw(shape, generator=generator), a row's numbers being the same on any number of processes.
+
+    draw: torch.rand or torch.randn. shape: (rows of this process, ...).
+    """
+    total, rows, source = shares(shape[0], generator)
+    if source is None or total * math.prod(shape[1:]) <= LARGE:
+        numbers = draw((total, *shape[1:]), generator=source)
+        return numbers if len(rows) == total else numbers[rows]
+    own = torch.randint(2**32, (total,), generator=source)[rows].tolist()
+    return torch.stack([draw(shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in own])
+
+
+@contextlib.contextmanager
+def rows_between(generator: torch.Generator | None, first: int, last: int) -> Iterator[None]:
+    """Let a BatchGenerator draw for the rows of its batch from `first` on, before `last`, alone inside the block."""
+    if not isinstance(generator, BatchGenerator):
+        yield
+        return
+    rows, total = generator.rows, generator.total
+    generator.rows, generator.total = [row - first for row in rows if first <= row < last], last - first
+    try:
+        yield
+    finally:
+        generator.rows, generator.total = rows, total
 
 
 def whole(seed: int) -> int:

@@ -36,14 +36,17 @@ class StepBatches(IterableDataset):
 
 
 def own_rows(batch_size: int, name: str = "batch_size") -> slice:
-    """Return this process's rows of a global batch. Raises ConfigError where it cannot be divided evenly."""
+    """Return this process's rows of a global batch, every n-th for n processes.
+
+    So each holds its share of the rows that come first, which learn the velocity. Raises ConfigError where the batch
+    cannot be divided evenly.
+    """
     rank, count = world()
     if batch_size % count:
         raise ConfigError(
             f"{name} counts over all processes and must be divisible by their number: got {batch_size} for {count}."
         )
-    share = batch_size // count
-    return slice(rank * share, (rank + 1) * share)
+    return slice(rank, batch_size, count)
 
 
 def epoch_indices(size: int, step: int, batch_size: int, seed: int) -> Tensor:

@@ -33,7 +33,7 @@ def read_prompts(prompts: str | os.PathLike[str] | Sequence[str]) -> list[str]:
 
 
 class Prompts(StepDataModule):
-    """Batches {"prompt": B prompts} for fine-tuning.
+    """Batches {"prompt": B prompts, "rows": their numbers in the batch of all processes} for fine-tuning.
 
     prompts: a list, or a text file with one a line. prompts_per_step: how many prompts a step sees, over all
     processes; samples_per_prompt: how often each is sampled, neighbours in the batch.
@@ -59,8 +59,12 @@ class Prompts(StepDataModule):
 
     def batch(self, step: int) -> dict[str, Any]:
         index = epoch_indices(len(self.prompts), step, self.prompts_per_step, self.seed)
-        own = index[own_rows(self.prompts_per_step, "prompts_per_step")].tolist()
-        return {"prompt": [self.prompts[i] for i in own for _ in range(self.samples_per_prompt)]}
+        own = range(self.prompts_per_step)[own_rows(self.prompts_per_step, "prompts_per_step")]
+        rows = [(place, sample) for place in own for sample in range(self.samples_per_prompt)]
+        return {
+            "prompt": [self.prompts[index[place]] for place, _ in rows],
+            "rows": [place * self.samples_per_prompt + sample for place, sample in rows],
+        }
 
 
 class PromptSeeds(lightning.LightningDataModule):

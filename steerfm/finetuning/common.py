@@ -25,10 +25,10 @@ Moves = Literal["velocity", "jumps"]
 class Batch:
     """Hold what one step of a fine-tuning method works with: B prompts, one a row.
 
-    flow_map is trained, reference is what it was, frozen. draws: the rows' random numbers; generator: of what may
-    differ with the number of processes. step: optimiser steps so far. micro_batch: pictures that are decoded and scored
-    at once, whose activations are worked out again in the backward pass; all of them, kept, by default. data: whatever
-    else the batch holds, such as "x0".
+    flow_map is trained, reference is what it was, frozen. draws: the rows' random numbers; generator: torch's, of
+    the same rows (`steerfm.seeds.drawn`). step: optimiser steps so far. micro_batch: pictures that are decoded and
+    scored at once, whose activations are worked out again in the backward pass; all of them, kept, by default. data:
+    whatever else the batch holds, such as "x0".
     """
 
     flow_map: FlowMap

@@ -20,6 +20,7 @@ from steerfm.errors import ConfigError
 from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned
 from steerfm.objectives import Compositional, FlowMatching
 from steerfm.sampling import few_jumps
+from steerfm.seeds import rows_between, shares
 from steerfm.times import TimeLaw, Triangle
 from steerfm.types import Condition, State, Values
 
@@ -52,13 +53,17 @@ class RewardDistillation(FineTuning):
     def __call__(self, batch: Batch) -> Tuned:
         flow_map, condition, generator = batch.flow_map, batch.condition, batch.generator
         x0, x1 = self._clean(batch), batch.normal()
-        s, t = (each.to(x0) for each in self.times(len(x0), generator, batch.step))
-        rows, losses = self.times.diagonal_rows(len(x0)), []
-        for some, rule in ((slice(rows), self.diagonal or FlowMatching()), (slice(rows, None), self.objective)):
+        shared = shares(len(x0), generator)
+        s, t = (each[shared.rows].to(x0) for each in self.times(shared.total, shared.generator, batch.step))
+        first = self.times.diagonal_rows(shared.total)
+        rows, losses = shared.before(first), []
+        on, off = (slice(rows), 0, first), (slice(rows, None), first, shared.total)
+        for (some, start, end), rule in ((on, self.diagonal or FlowMatching()), (off, self.objective)):
             if len(x0[some]):
                 own: Condition | None = None if condition is None else condition.select(some)
                 inputs = (flow_map, x0[some], x1[some], s[some], t[some], own)
-                losses.append(rule(*inputs, generator, batch.step))
+                with rows_between(generator, start, end):
+                    losses.append(rule(*inputs, generator, batch.step))
         loss = batch.temperature * torch.cat(losses)
         ahead = flow_map.look_ahead(flow_map.path.interpolate(x0, x1, s), s, condition)
         scores = batch.scores(ahead)

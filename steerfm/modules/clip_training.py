@@ -22,7 +22,7 @@ from steerfm.callbacks.ema import averaged
 from steerfm.errors import ConfigError, DataError, TrainingError
 from steerfm.files import write_atomic
 from steerfm.images import clamp, resize, to_unit
-from steerfm.modules.common import configure, step_generator
+from steerfm.modules.common import configure, rows_of, step_generator
 from steerfm.objectives.contrastive import attacked, augment, contrastive
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
@@ -80,7 +80,7 @@ class ClipTraining(lightning.LightningModule):
         self.seed = seed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        generator = step_generator(self, self.seed)
+        generator = step_generator(self, self.seed, rows_of(batch))
         images = augment(_pictures(batch), self.noise, self.shift, self.fade, generator)
         texts = self._texts(batch["prompt"], generator)
         if self.adversarial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from steerfm.distributed import world
 from steerfm.errors import ConfigError, TrainingError
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.teachers import Following
-from steerfm.seeds import torch_generator
+from steerfm.seeds import BatchGenerator
 from steerfm.types import Values
 
 
@@ -34,14 +34,22 @@ def configure(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
-def step_generator(module: lightning.LightningModule, seed: int) -> torch.Generator:
-    """Return the generator of this step's noise, a function of (seed, batch number, process) alone.
+def step_generator(module: lightning.LightningModule, seed: int, rows: Sequence[int]) -> BatchGenerator:
+    """Return the generator of this step's noise for `rows` of the global batch, a function of seed and batch number.
 
     The batch number counts accumulated batches too, so that no two of them share noise and a resumed run draws
     what it would have drawn.
     """
-    rank, count = world()
-    return torch_generator(seed, "training", batches_so_far(module) * count + rank)
+    return BatchGenerator(seed, batches_so_far(module), rows, len(rows) * world()[1])
+
+
+def rows_of(batch: Mapping[str, Any]) -> Sequence[int]:
+    """Return the numbers, in the batch of all processes, of the rows that this one holds, as `own_rows` divides them.
+
+    A batch says otherwise under "rows".
+    """
+    (rank, count), own = world(), len(batch["prompt"])
+    return batch["rows"] if "rows" in batch else range(rank, own * count, count)
 
 
 def batches_so_far(module: lightning.LightningModule) -> int:

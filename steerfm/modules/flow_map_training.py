@@ -16,13 +16,21 @@ from steerfm.conditions.guidance import with_scale
 from steerfm.conditions.sight import sight
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.modules.common import Followers, Guest, configure, require_finite, save_averaged, step_generator
+from steerfm.modules.common import (
+    Followers,
+    Guest,
+    configure,
+    require_finite,
+    rows_of,
+    save_averaged,
+    step_generator,
+)
 from steerfm.modules.compiling import Compiler, name_of
 from steerfm.objectives import Lagrangian, Uniform
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.teachers import parts_of
 from steerfm.saving import describe_flow_map
-from steerfm.seeds import torch_generator
+from steerfm.seeds import drawn, rows_between, shares, torch_generator
 from steerfm.times import TimeLaw, Triangle
 from steerfm.types import Condition, State, Times, Values
 
@@ -42,10 +50,10 @@ class FlowMapTraining(lightning.LightningModule):
     flow_matching_steps are over; 1 is none. (low, high): each row learns a scale between them, drawn evenly in its
     logarithm, and a network built with guidance_input reads it. It needs prompt_dropout.
     optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
-    in training, which depends on (seed, step, process) alone. sighted: every row is told a noisy state x_t of its own
-    x0, t uniform on [0, 1], so that the map learns to draw x0 given x_t (`steerfm.conditions.sight`). compile: work
-    the losses out by torch.compile, in training alone; what it cannot do, or does wrong, runs as it is, and a log line
-    says so.
+    in training, which depends on (seed, batch, row) and not on the number of processes. sighted: every row is told a
+    noisy state x_t of its own x0, t uniform on [0, 1], so that the map learns to draw x0 given x_t
+    (`steerfm.conditions.sight`). compile: work the losses out by torch.compile, in training alone; what it cannot do,
+    or does wrong, runs as it is, and a log line says so.
     """
 
     def __init__(
@@ -108,10 +116,10 @@ class FlowMapTraining(lightning.LightningModule):
         self._compiler = Compiler(self.parameters) if compile else None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        generator = step_generator(self, self.seed)
+        generator = step_generator(self, self.seed, rows_of(batch))
         losses, s, t = self.losses(batch, generator, self.global_step < self.flow_matching_steps)
         loss = self.weighting(losses, s, t).mean()
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return {"loss": loss, "losses": losses.detach(), "s": s, "t": t}
 
     def on_fit_start(self) -> None:
@@ -134,11 +142,14 @@ class FlowMapTraining(lightning.LightningModule):
     ) -> tuple[Values, Tensor, Tensor]:
         """Return the unweighted loss of each row and its times; raises TrainingError where one is not finite."""
         x0, flow_map = batch["x0"], self.flow_map.with_guidance(1.0)  # guidance is for sampling
-        x1 = torch.randn(x0.shape, generator=generator).to(x0)
-        s, t = (times.to(x0) for times in self.times(len(x0), generator, self.global_step))
-        rows = len(x0) if diagonal_only else self.times.diagonal_rows(len(x0))
+        x1 = drawn(torch.randn, x0.shape, generator).to(x0)
+        batch_rows = shares(len(x0), generator)
+        total, own, source = batch_rows
+        s, t = (times[own].to(x0) for times in self.times(total, source, self.global_step))
+        first = total if diagonal_only else self.times.diagonal_rows(total)
+        rows = batch_rows.before(first)
         if diagonal_only:
-            t = s = self.times.one(len(x0), generator).to(x0)
+            t = s = self.times.one(total, source)[own].to(x0)
         condition = self._condition(batch["prompt"], generator)
         if condition is not None and getattr(flow_map.network, "guidance_input", False) and not self._starting:
             condition = self._with_scales(condition, generator)
@@ -147,12 +158,14 @@ class FlowMapTraining(lightning.LightningModule):
         losses = []
         if rows:
             on = slice(rows)
-            losses.append(self._on_diagonal(flow_map, x0[on], x1[on], s[on], _rows(condition, on), generator))
+            with rows_between(generator, 0, first):
+                losses.append(self._on_diagonal(flow_map, x0[on], x1[on], s[on], _rows(condition, on), generator))
             require_finite(losses[-1], "flow_matching", self.global_step, s[on], t[on])
         if rows < len(x0):
             off = slice(rows, None)
             inputs = (flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off))
-            losses.append(self._run(self.objective, *inputs, generator, self.global_step))
+            with rows_between(generator, first, total):
+                losses.append(self._run(self.objective, *inputs, generator, self.global_step))
             require_finite(losses[-1], name_of(self.objective), self.global_step, s[off], t[off])
         return torch.cat(losses), s, t
 
@@ -169,11 +182,11 @@ class FlowMapTraining(lightning.LightningModule):
 
     def _with_scales(self, condition: Condition, generator: torch.Generator) -> Condition:
         low, high = self.guidance
-        return with_scale(condition, low * (high / low) ** torch.rand(len(condition), generator=generator))
+        return with_scale(condition, low * (high / low) ** drawn(torch.rand, (len(condition),), generator))
 
     def _with_sight(self, condition: Condition | None, x0: State, generator: torch.Generator) -> Condition:
-        t = torch.rand(len(x0), generator=generator).to(x0)
-        x_t = self.flow_map.path.interpolate(x0, torch.randn(x0.shape, generator=generator).to(x0), t)
+        t = drawn(torch.rand, (len(x0),), generator).to(x0)
+        x_t = self.flow_map.path.interpolate(x0, drawn(torch.randn, x0.shape, generator).to(x0), t)
         return sight(self.flow_map.path, x_t, t, condition)
 
     def _run(self, function: Objective, *arguments: Any) -> Values:
@@ -185,7 +198,7 @@ class FlowMapTraining(lightning.LightningModule):
         condition = self.flow_map.encode_prompts(prompts)
         if condition is None or self.prompt_dropout == 0:
             return condition
-        keep = torch.rand(len(prompts), generator=generator) >= self.prompt_dropout
+        keep = drawn(torch.rand, (len(prompts),), generator) >= self.prompt_dropout
         null = self.flow_map.conditioner.null(len(prompts)).to(self.device)  # type: ignore[union-attr,operator]
         return condition.where(keep, null)
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from steerfm.distributed import world
 from steerfm.divergence import monitor
 from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
 from steerfm.finetuning.noise_adapter import with_conditioner
 from steerfm.flow_map import FlowMap, declared
-from steerfm.modules.common import Followers, Guest, batches_so_far, configure, save_averaged, step_generator
+from steerfm.modules.common import Followers, Guest, batches_so_far, configure, rows_of, save_averaged, step_generator
 from steerfm.networks.sharing import copy_around
 from steerfm.objectives import Compositional
 from steerfm.objectives.teachers import parts_of
@@ -27,7 +26,7 @@ from steerfm.reward import Reward, Scores, as_reward
 from steerfm.reward_adapters import means
 from steerfm.sampling import few_jumps
 from steerfm.saving import describe_flow_map
-from steerfm.seeds import RowDraws
+from steerfm.seeds import RowDraws, shares
 from steerfm.times import Anchored, TimeLaw, Triangle
 from steerfm.types import State, Values
 
@@ -129,14 +128,14 @@ class RewardFineTuning(lightning.LightningModule):
         if x0 is None and (watched or self.consistency is not None):
             with torch.no_grad():
                 x0 = few_jumps(self.flow_map, work.normal(), self.jumps, work.condition)
-        self.log("loss", loss)
+        self.log("loss", loss, sync_dist=True)
         if tuned.rewards is not None:
-            self.log("reward", tuned.rewards.mean(), prog_bar=True)
-            self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))))
-        self.log_dict({name: values.detach().mean() for name, values in tuned.figures.items()})
+            self.log("reward", tuned.rewards.mean(), prog_bar=True, sync_dist=True)
+            self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))), sync_dist=True)
+        self.log_dict({name: values.detach().mean() for name, values in tuned.figures.items()}, sync_dist=True)
         if self.consistency is not None:
             gap = self._inconsistency(work, x0[:: len(x0) // len(work.prompts)])  # type: ignore[index,arg-type]
-            self.log("consistency", gap)
+            self.log("consistency", gap, sync_dist=True)
             loss = loss + self.consistency_weight * gap
         if watched:
             self._monitor(x0, work)  # type: ignore[arg-type]
@@ -144,8 +143,7 @@ class RewardFineTuning(lightning.LightningModule):
 
     def _batch(self, batch: dict[str, Any]) -> Batch:
         """Return what the method works with: everything on the device, the noise of these rows."""
-        prompts, (rank, _) = batch["prompt"], world()
-        rows = range(rank * len(prompts), (rank + 1) * len(prompts))
+        prompts, rows = batch["prompt"], rows_of(batch)
         return Batch(
             flow_map=self.flow_map,
             reference=self.reference,
@@ -154,7 +152,7 @@ class RewardFineTuning(lightning.LightningModule):
             condition=self.flow_map.encode_prompts(prompts),
             temperature=self.temperature,
             draws=RowDraws(self.seed, batches_so_far(self), rows),
-            generator=step_generator(self, self.seed),
+            generator=step_generator(self, self.seed, rows),
             step=self.global_step,
             micro_batch=self.micro_batch,
             data=batch,
@@ -163,7 +161,8 @@ class RewardFineTuning(lightning.LightningModule):
     def _inconsistency(self, work: Batch, x0: State) -> Tensor:
         """Return the mean loss of the consistency rule on noisy states of x0."""
         assert self.consistency is not None
-        s, t = (each.to(x0) for each in self.times(len(x0), work.generator, self.global_step))
+        total, own, source = shares(len(x0), work.generator)
+        s, t = (each[own].to(x0) for each in self.times(total, source, self.global_step))
         x1 = work.normal()
         return self.consistency(
             self.flow_map, x0, x1, s, t, work.condition, work.generator, self.global_step
@@ -176,9 +175,9 @@ class RewardFineTuning(lightning.LightningModule):
         prompts = [prompt for prompt in work.prompts for _ in range(count)]
         images = self.flow_map.decode(x0)
         for held_out in self.held_out:
-            self.log_dict(_named("held_out", means(held_out(images, prompts))), prog_bar=True)
+            self.log_dict(_named("held_out", means(held_out(images, prompts))), prog_bar=True, sync_dist=True)
         measured = monitor(self.flow_map, work.reference, x0, work.times(count), work.generator)
-        self.log_dict(_named("monitor", measured))
+        self.log_dict(_named("monitor", measured), sync_dist=True)
 
     def _require_finite(self, loss: Tensor, tuned: Tuned) -> None:
         if torch.isfinite(loss):

@@ -11,6 +11,7 @@ from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.teachers import Teacher, teaching
 from steerfm.objectives.weights import mean_square
+from steerfm.seeds import drawn
 from steerfm.types import Condition, State, Times, Values, unsqueeze_like
 
 
@@ -79,7 +80,7 @@ class Compositional:
         if self.gamma == "midpoint":
             gamma = torch.full_like(s, 0.5)
         else:
-            gamma = torch.rand(s.shape, generator=generator).to(s)
+            gamma = drawn(torch.rand, s.shape, generator).to(s)
         return compositional(
             flow_map, x0, x1, s, t, gamma, condition,
             teacher=teaching(self.teacher, flow_map), euler_below=self.euler_below,

@@ -25,6 +25,7 @@ from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.teachers import held
 from steerfm.objectives.weights import mean_square
 from steerfm.paths import Path
+from steerfm.seeds import drawn
 from steerfm.types import Condition, State, Times, Values, unsqueeze_like
 
 Weight = Literal["dmd", "kl"]
@@ -56,8 +57,8 @@ class Levels:
 
     def draw(self, like: State, generator: torch.Generator | None) -> Noise:
         """Return one level and one noise for each row of `like`."""
-        tau = self.low + (self.high - self.low) * torch.rand(len(like), generator=generator)
-        return Noise(tau.to(like), torch.randn(like.shape, generator=generator).to(like))
+        tau = self.low + (self.high - self.low) * drawn(torch.rand, (len(like),), generator)
+        return Noise(tau.to(like), drawn(torch.randn, like.shape, generator).to(like))
 
 
 def sampled(flow_map: FlowMap, x0: State, x1: State, s: Times, condition: Condition | None = None) -> State:
@@ -253,7 +254,7 @@ class Adversarial:
         loss = critic_loss(real, made, self.game)
         if self.penalty:
             for (x, tau), logit in zip(views, logits, strict=True):
-                z = torch.randn(x.shape, generator=generator).to(x)
+                z = drawn(torch.randn, x.shape, generator).to(x)
                 moved = self.critic(x + self.step * z, tau, condition)
                 loss = loss + self.penalty / 2 * steepness(logit, moved, self.step)
         return loss

@@ -35,6 +35,7 @@ from steerfm.callbacks import GuardRails
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
 from steerfm.networks.mlp import randomise
+from steerfm.objectives import Compositional, Total
 
 STEPS, RATE = 3, 0.05
 
@@ -50,12 +51,15 @@ def brightness(images: Tensor, prompts: Any) -> Tensor:
 
 
 def training() -> FlowMapTraining:
-    return FlowMapTraining(flow_map(), Lagrangian(), Triangle(0.5), optimizer=partial(SGD, lr=RATE))
+    objective = Total([Lagrangian(), Compositional("uniform")])  # of 8 rows 5 are on the diagonal: 3 and 2
+    return FlowMapTraining(flow_map(), objective, Triangle(0.6), optimizer=partial(SGD, lr=RATE), prompt_dropout=0.3)
 
 
 def tuning() -> RewardFineTuning:
-    method = DirectBackprop(2, penalty="path")
-    return RewardFineTuning(flow_map(), brightness, method, held_out=[brightness], optimizer=partial(SGD, lr=RATE))
+    method, rule = DirectBackprop(2, penalty="path"), Compositional("uniform")
+    return RewardFineTuning(
+        flow_map(), brightness, method, held_out=[brightness], optimizer=partial(SGD, lr=RATE), consistency=rule
+    )
 
 
 def rails() -> GuardRails:
@@ -86,12 +90,12 @@ def pairs() -> PromptSeeds:
     return PromptSeeds(CAPTIONS[:2], seeds=3, batch_size=2)
 
 
-def trainer(folder: Path, name: str, *callbacks: Any) -> Trainer:
+def trainer(folder: Path, name: str, *callbacks: Any, devices: int = 2) -> Trainer:
     return Trainer(
         max_steps=STEPS,
         accelerator="cpu",
-        devices=2,
-        strategy="ddp",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
         logger=CSVLogger(folder, name="", version=name),
         log_every_n_steps=1,
         callbacks=list(callbacks),

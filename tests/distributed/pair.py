@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
 from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, world
 from steerfm.finetuning import (
+    AdaptedNoise,
     AdjointMatching,
     Batch,
     DirectBackprop,
@@ -28,30 +30,52 @@ from steerfm.finetuning import (
     FineTuning,
     LeapAlign,
     NegativeAware,
+    NoiseAdapter,
     PolicyGradient,
     RewardAdaptive,
+    RewardDistillation,
     RewardFeedback,
     TiltMatching,
     ValueMatching,
     WeightedRegression,
 )
 from steerfm.flow_map import FlowMap
-from steerfm.networks import MLP, DiT, UNet
+from steerfm.networks import MLP, Critic, DiT, UNet
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import (
+    Adversarial,
     Compositional,
     Consistency,
     Eulerian,
     FlowMapMatching,
     FlowMatching,
+    IntegralKL,
     Lagrangian,
     Reflow,
     SelfAverage,
+    TeacherDenoises,
     Total,
 )
+from steerfm.objectives.teachers import parts_of
 from steerfm.reward import as_reward
-from steerfm.seeds import RowDraws
-from steerfm.steering import FlowMapTilting, NoiseSampling
+from steerfm.sampling import Unsteered
+from steerfm.seeds import BatchGenerator, RowDraws
+from steerfm.steering import (
+    BeamSearch,
+    BestOfN,
+    FlowMapControl,
+    FlowMapTilting,
+    LookAheadGuidance,
+    NoiseOptimisation,
+    NoiseSampling,
+    PathSearch,
+    PosteriorDrawGuidance,
+    SequentialMonteCarlo,
+    Steering,
+    SuccessiveHalving,
+    ZeroOrderSearch,
+)
+from steerfm.steering.populations import Populations
 from steerfm.steering.posterior import Glass
 
 ROWS = 8  # of the global batch
@@ -84,6 +108,13 @@ def with_lora() -> FlowMap:
     return tuned
 
 
+def with_noise_adapter() -> FlowMap:
+    """Return a random map behind a random adapter of its noise."""
+    adapter = network("mlp")
+    randomise(adapter, seed=3)
+    return NoiseAdapter(adapter)(flow_map())
+
+
 TEACHER = flow_map(seed=5)
 AVERAGE = SelfAverage()
 AVERAGE.begin(flow_map(seed=6))
@@ -97,6 +128,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "ayf_lmd": Lagrangian(teacher=TEACHER, stop="target"),
     "tvm": Lagrangian(teacher=AVERAGE),
     "compositional": Compositional(),
+    "psd_uniform": Compositional("uniform"),
     "pfmm": Compositional(teacher=TEACHER, euler_below=0.2),
     "mean_flow": Eulerian(),
     "improved_mean_flow": Eulerian(along="self"),
@@ -106,6 +138,9 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "consistency": Consistency(average=AVERAGE),
     "ctm": Consistency(0.1, relative=True, velocity="teacher", teacher=TEACHER, compare="data"),
     "fmm": FlowMapMatching(),
+    "integral_kl": IntegralKL(TEACHER, flow_map(seed=11), every=1),
+    "adversarial": Adversarial(Critic(flow_map(seed=12).network)),
+    "teacher_denoises": TeacherDenoises(TEACHER),
     "total": Total([Compositional(), FlowMatching()], [1.0, 0.5]),
 }
 
@@ -125,9 +160,10 @@ def own(rows: Any) -> Any:
 class Loss(nn.Module):
     """One training step as a module, so that DDP sees the whole of it, as it does in Lightning."""
 
-    def __init__(self, network: FlowMap, step: Callable[[FlowMap], Tensor]) -> None:
+    def __init__(self, network: FlowMap, step: Callable[[FlowMap], Tensor], part: Any = None) -> None:
         super().__init__()
         self.network = network
+        self.companions = nn.ModuleDict(parts_of({"part": part}).companions)  # a critic, say, which is trained too
         self.step = step
 
     def forward(self) -> Tensor:
@@ -140,7 +176,7 @@ def gradients(loss: Loss) -> dict[str, Tensor]:
     for _ in range(2):
         loss.zero_grad()
         run().backward()
-    return {name: p.grad for name, p in loss.network.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
 
 
 def prompts() -> list[str]:
@@ -155,7 +191,8 @@ def objective_step(name: str) -> Callable[[FlowMap], Tensor]:
 
     def step(network: FlowMap) -> Tensor:
         condition = network.encode_prompts(own(prompts()))
-        return OBJECTIVES[name](network, x0, x1, s, t, condition).mean()
+        generator = BatchGenerator(0, 1, own(range(ROWS)), ROWS)
+        return OBJECTIVES[name](network, x0, x1, s, t, condition, generator).mean()
 
     return step
 
@@ -176,7 +213,13 @@ METHODS: dict[str, FineTuning] = {
     "policy_gradient": PolicyGradient(3),
     "policy_gradient_jumps": PolicyGradient(2, "jumps", every=2),
     "preferences": DirectPreference(2),
+    "reward_distillation": RewardDistillation(Compositional("uniform")),
+    "adapted_noise": AdaptedNoise(),
 }
+METHOD_CASES = [
+    (kind, name) for name in METHODS for kind in (("noise_adapter",) if name == "adapted_noise" else ("mlp", "lora"))
+]
+MAPS: dict[str, Callable[[], FlowMap]] = {"mlp": flow_map, "lora": with_lora, "noise_adapter": with_noise_adapter}
 
 
 def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
@@ -194,7 +237,7 @@ def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
         texts = [prompts()[row // 2] for row in rows]
         work = Batch(
             network, flow_map(seed=7).requires_grad_(False), reward, texts, network.encode_prompts(texts), 0.3,
-            RowDraws(0, 1, rows), torch.Generator().manual_seed(0), data=pictures,
+            RowDraws(0, 1, rows), BatchGenerator(0, 1, rows, ROWS), data=pictures,
         )  # fmt: skip
         return method(work).loss.mean()
 
@@ -204,12 +247,12 @@ def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
 def all_gradients() -> Iterator[tuple[str, Tensor]]:
     for kind in NETWORKS:
         for name in OBJECTIVES:
-            for parameter, gradient in gradients(Loss(flow_map(kind), objective_step(name))).items():
+            step = objective_step(name)
+            for parameter, gradient in gradients(Loss(flow_map(kind), step, OBJECTIVES[name])).items():
                 yield f"gradient/{kind}/{name}/{parameter}", gradient
-    for name in METHODS:
-        for kind, tuned in (("mlp", flow_map()), ("lora", with_lora())):
-            for parameter, gradient in gradients(Loss(tuned, tuning_step(name))).items():
-                yield f"gradient/{kind}/{name}/{parameter}", gradient
+    for kind, name in METHOD_CASES:
+        for parameter, gradient in gradients(Loss(MAPS[kind](), tuning_step(name), METHODS[name])).items():
+            yield f"gradient/{kind}/{name}/{parameter}", gradient
 
 
 def functions() -> Iterator[tuple[str, Tensor]]:
@@ -233,14 +276,40 @@ def functions() -> Iterator[tuple[str, Tensor]]:
     yield "gather/particles", gather_particles(pairs[:, mine])
 
 
-def tilting() -> Iterator[tuple[str, Tensor]]:
-    """Yield populations whose seeds are divided over the processes."""
+STEERING: dict[str, Steering | Unsteered] = {
+    "jumps": Unsteered("renoised", 2, gamma=0.5),
+    "sde": Unsteered("sde", 3),
+    "best_of_n": BestOfN(3, 1, 0.05),
+    "successive_halving": SuccessiveHalving(4),
+    "zero_order_search": ZeroOrderSearch(2, 2),
+    "beam_search": BeamSearch(2, 2, 2),
+    "path_search": PathSearch(2, 2),
+    "noise_optimisation": NoiseOptimisation(1, 2),
+    "control": FlowMapControl(3),
+    "guidance": LookAheadGuidance(3, noise="gentle"),
+    "posterior_draws": PosteriorDrawGuidance(2, count=2, draws=Glass(2)),
+    "tilting": FlowMapTilting(6, 5, temperature=0.05),
+    "monte_carlo": SequentialMonteCarlo(4, 3, temperature=0.05),
+    "noise_sampling": NoiseSampling(3, warm_up=2, iterations=1, temperature=0.05),
+}
+
+
+def steered() -> Iterator[tuple[str, Tensor]]:
+    """Yield samples of every method, whose seeds are divided over the processes; populations divided too."""
     network, seeds = flow_map(), shard(list(range(5)))
     reward = as_reward(lambda images: images[..., :4].mean((1, 2, 3)))
-    out = FlowMapTilting(6, 5, temperature=0.05)(network, reward, prompts=[CAPTIONS[2]], seeds=seeds)
-    assert out.log_weights is not None
-    yield "own/tilting/x0", out.x0
-    yield "own/tilting/log_weights", out.log_weights
+    for name, method in STEERING.items():
+        out = method(network, reward, prompts=[CAPTIONS[2]], seeds=seeds)
+        yield f"own/steering/{name}", out.x0
+        if isinstance(method, Populations):
+            out = replace(method, split=True)(network, reward, prompts=[CAPTIONS[2]], seeds=[3, 4])
+            yield f"split/{name}/x0", out.x0
+
+
+def tilting() -> Iterator[tuple[str, Tensor]]:
+    """Yield populations whose particles are divided over the processes."""
+    network = flow_map()
+    reward = as_reward(lambda images: images[..., :4].mean((1, 2, 3)))
     chains = NoiseSampling(5, warm_up=3, iterations=3, temperature=0.05, split=True)
     out = chains(network, reward, prompts=CAPTIONS[2:4], seeds=[3, 4])
     assert out.particles is not None
@@ -261,7 +330,7 @@ def tilting() -> Iterator[tuple[str, Tensor]]:
 
 def compute() -> dict[str, Tensor]:
     """Return everything by name; names that begin with own/ hold this process's rows."""
-    found = [*all_gradients(), *functions(), *tilting()]
+    found = [*all_gradients(), *functions(), *steered(), *tilting()]
     return {name: tensor.detach().clone().contiguous() for name, tensor in found}
 
 

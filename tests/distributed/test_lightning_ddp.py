@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import lightning_pair
-from distributed.lightning_pair import RATE, STEPS
+from distributed.lightning_pair import STEPS
 from safetensors.torch import load_file
 from torch import Tensor
 
 from steerfm import BestOfN
-from steerfm.data.batches import own_rows
-from steerfm.seeds import torch_generator
 
 HERE = Path(__file__).parent
 
@@ -40,26 +38,30 @@ def test_weights_agree_over_ranks(ranks: list[dict[str, Tensor]]) -> None:
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in names)
 
 
-def test_training_is_that_of_one_process_given_the_same_rows(
-    ranks: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["training", "tuning"])
+def test_weights_are_those_of_one_process(
+    kind: str, folder: Path, ranks: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Both processes' rows and noise, gone through here one after the other: the same weights after three steps."""
-    module, data = lightning_pair.training(), lightning_pair.data()
-    parameters = dict(module.named_parameters())
-    for step in range(STEPS):
-        total = 0.0
-        for rank in range(2):
-            monkeypatch.setattr("steerfm.data.batches.world", lambda rank=rank: (rank, 2))
-            assert own_rows(8) == slice(4 * rank, 4 * rank + 4)
-            losses, _, _ = module.losses(data.batch(step), torch_generator(0, "training", 2 * step + rank), False)
-            total = total + losses.mean() / 2
-        gradients = torch.autograd.grad(torch.as_tensor(total), list(parameters.values()))
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                parameter -= RATE * gradient
-    for name, parameter in parameters.items():
-        assert torch.allclose(parameter, ranks[0][f"training/{name}"], rtol=1e-9, atol=1e-12), name
-        assert not torch.equal(parameter, ranks[0][f"tuning/{name}"])
+    """The same steps by one process, with the whole batch: the same noise, rows on the diagonal and weights."""
+    module, data = (
+        (lightning_pair.training(), lightning_pair.data())
+        if kind == "training"
+        else (lightning_pair.tuning(), lightning_pair.prompts())
+    )
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    lightning_pair.trainer(tmp_path, kind, devices=1).fit(module, data)
+    for name, tensor in module.state_dict().items():
+        assert torch.allclose(tensor, ranks[0][f"{kind}/{name}"], rtol=1e-9, atol=1e-12), name
+        assert name.startswith("flow_map.conditioner") or not torch.equal(tensor, before[name]), name
+    mine, theirs = (_rows(each / kind / "metrics.csv") for each in (tmp_path, folder))
+    for name in ("loss", "reward", "held_out/brightness"):
+        values = [[float(row[name]) for row in rows if row.get(name)] for rows in (mine, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6), name  # of all rows, not of rank zero's
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_guard_rails_see_what_one_process_sees(folder: Path, ranks: list[dict[str, Tensor]], tmp_path: Path) -> None:

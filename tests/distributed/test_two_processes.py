@@ -3,16 +3,21 @@
 One pair of processes serves the whole file (pair.py says what they compute).
 """
 
+import inspect
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import pair
 from safetensors.torch import load_file
 from torch import Tensor
+
+from steerfm import finetuning, objectives, steering
 
 HERE = Path(__file__).parent
 
@@ -49,7 +54,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(f"{n}/{m}" for n in ("mlp", "lora") for m in pair.METHODS),
+        *(f"{n}/{m}" for n, m in pair.METHOD_CASES),
         *(f"{n}/{o}" for n in pair.NETWORKS for o in pair.OBJECTIVES),
     ],
 )
@@ -73,23 +78,43 @@ def test_what_is_gathered_is_everything_on_both(one: dict[str, Tensor], two: lis
 
 def test_own_rows_join_to_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     names = [name for name in one if name.startswith("own/")]
-    assert len(names) == 14
+    assert len(names) == 12 + len(pair.STEERING)
     for name in names:
         assert torch.allclose(torch.cat([found[name] for found in two]), one[name], rtol=1e-12, atol=1e-12), name
-        divided = [2, 3] if "tilting" in name else [3, 5]
+        divided = [2, 3] if "steering" in name else [3, 5]
         assert [len(found[name]) for found in two] == divided
 
 
 def test_split_particles_are_those_of_one_process(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
     """Both processes return the whole populations, and charge all of their particles."""
     names = [name for name in one if name.startswith("split/")]
-    assert len(names) == 13
+    assert len(names) == 13 + 3
     assert one["split/systematic/particles"].shape[:2] == (2, 5)
     for name in names:
         for found in two:
             assert torch.allclose(found[name], one[name], rtol=1e-10, atol=1e-12), name
     for scheme in ("systematic", "stratified"):
         assert (one[f"split/{scheme}/sizes"] < 0.9 * 5).any()  # they were resampled
+
+
+def test_nothing_public_is_left_out() -> None:
+    """Every objective, method of fine-tuning and method of steering that is public is among what pair.py computes."""
+
+    def missing(module: Any, known: Iterable[Any], wanted: Callable[[Any], bool]) -> set[str]:
+        kinds = {name: getattr(module, name) for name in module.__all__}
+        found = {name for name, kind in kinds.items() if isinstance(kind, type) and wanted(kind)}
+        assert len(found) > 10
+        return found - {type(each).__name__ for each in known}
+
+    def objective(kind: Any) -> bool:
+        return "x1" in inspect.signature(kind.__call__).parameters if "__call__" in vars(kind) else False
+
+    def derived(base: type) -> Callable[[Any], bool]:
+        return lambda kind: issubclass(kind, base) and kind is not base
+
+    assert missing(objectives, pair.OBJECTIVES.values(), objective) == set()
+    assert missing(finetuning, pair.METHODS.values(), derived(finetuning.FineTuning)) == set()
+    assert missing(steering, pair.STEERING.values(), derived(steering.Steering)) == set()
 
 
 def test_one_process_means_what_it_says(one: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from steerfm.distributed import (
     shard,
     world,
 )
+from steerfm.seeds import LARGE, BatchGenerator, drawn, rows_between
 
 
 def test_one_process_is_the_whole_world() -> None:
@@ -51,3 +52,22 @@ def test_a_particle_without_weight_has_no_offspring(uniform: float, count: int) 
     ancestors = draw_ancestors(log_weights, torch.full((2, count), uniform, dtype=torch.float64))
     assert set(ancestors[0].tolist()) == {1, 3}
     assert ancestors[1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, LARGE // 6 + 1)], ids=["numbers", "rows", "large"])
+def test_a_batch_draws_the_same_on_any_number_of_processes(shape: tuple[int, ...]) -> None:
+    """Six rows by one process and by two: what is drawn for all of them, and for those from the second on."""
+    one = BatchGenerator(3, 7, range(6), 6)
+    two = [BatchGenerator(3, 7, range(rank, 6, 2), 6) for rank in range(2)]
+    for draw in (torch.rand, torch.randn):
+        whole = drawn(draw, (6, *shape[1:]), one)
+        for rank in range(2):
+            assert torch.equal(drawn(draw, shape, two[rank]), whole[rank::2])
+    with rows_between(one, 1, 6):
+        whole = drawn(torch.rand, (5, *shape[1:]), one)
+    for rank, own in ((0, slice(1, None, 2)), (1, slice(0, None, 2))):
+        with rows_between(two[rank], 1, 6):
+            assert torch.equal(drawn(torch.rand, (len(two[rank].rows), *shape[1:]), two[rank]), whole[own])
+    alone, others = torch.rand(9, generator=one), [torch.rand(9, generator=each) for each in two]
+    assert not torch.equal(others[0], others[1])  # drawn by a process for itself
+    assert not torch.equal(alone, others[0])
