@@ -247,6 +247,7 @@ class FlowMap(nn.Module):
         variant: str | None = None,
         text_length: int | None = None,
         text_device: str | None = None,
+        text_files: str | os.PathLike[str] | None = None,
         tiling: bool = False,
         slicing: bool = False,
         checkpointing: bool = False,
@@ -257,29 +258,34 @@ class FlowMap(nn.Module):
         size: of pictures, one number or (height, width). guidance_scale: the pipeline's own by default, 1 is none, and
         models that learnt guidance are told it. negative_prompt: the null condition. dtype: of its weights; states are
         float32. revision: on the hub; the commit that was found is kept. variant: of the weights, such as "fp16".
-        text_length: the most tokens of a long prompt; text_device: where prompts are read. tiling, slicing: of
-        decoding; checkpointing: of the network's backward pass. No pickle is read and no code that comes with a model
-        is run. Raises CheckpointError for missing, gated or damaged files, ConfigError for an unknown pipeline.
+        text_length: the most tokens of a long prompt; text_device: where prompts are read; text_files: a folder that
+        keeps what they were read as, so that encoders are not loaded again. tiling, slicing: of decoding;
+        checkpointing: of the network's backward pass. Of a map that steerfm saved guidance_scale, text_files and
+        checkpointing can be set. No pickle is read and no code that comes with a model is run. Raises CheckpointError
+        for missing, gated or damaged files, ConfigError for an unknown pipeline or an option that a saved map has not.
         """
-        from steerfm.backbones.diffusers import is_saved_map, load_pipeline
+        from steerfm.backbones.diffusers import is_saved_map, load_pipeline, opened
         from steerfm.backbones.pipeline_files import PipelineFiles
 
-        source = os.fspath(source)
+        source, dtype = os.fspath(source), str(dtype).removeprefix("torch.")
+        alike: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "text_files": text_files,
+            "checkpointing": checkpointing,
+        }
+        built: dict[str, Any] = {
+            "kind": kind,
+            "size": size,
+            "negative_prompt": negative_prompt,
+            "text_length": text_length,
+            "text_device": text_device,
+            "tiling": tiling,
+            "slicing": slicing,
+        }
         if is_saved_map(source):
-            return cls.load(source)
-        return load_pipeline(
-            cls,
-            PipelineFiles(source, revision, variant, str(dtype).removeprefix("torch.")),
-            kind=kind,
-            size=size,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-            text_device=text_device,
-            tiling=tiling,
-            slicing=slicing,
-            checkpointing=checkpointing,
-        )
+            files: dict[str, Any] = {"dtype": dtype != "float32", "revision": revision, "variant": variant}
+            return opened(cls.load(source), source, [name for name, set in (built | files).items() if set], **alike)
+        return load_pipeline(cls, PipelineFiles(source, revision, variant, dtype), **built, **alike)
 
     @classmethod
     def load(

@@ -8,15 +8,19 @@ steerfm saved. A map so loaded samples, steers and is fine-tuned as any other.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
 
 from steerfm.backbones.conversions import Kind, grid_of
 from steerfm.backbones.families import family_of, usual_guidance
 from steerfm.backbones.pipeline_codec import PipelineCodec
 from steerfm.backbones.pipeline_files import PipelineFiles, library
-from steerfm.backbones.pipeline_network import PipelineNetwork
+from steerfm.backbones.pipeline_network import PipelineNetwork, picture_size, vae_scale
 from steerfm.backbones.pipeline_prompts import PipelinePrompts
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, declared
@@ -34,6 +38,7 @@ def load_pipeline(
     negative_prompt: str | None = None,
     text_length: int | None = None,
     text_device: str | None = None,
+    text_files: str | os.PathLike[str] | None = None,
     tiling: bool = False,
     slicing: bool = False,
     checkpointing: bool = False,
@@ -51,7 +56,9 @@ def load_pipeline(
     flow_map = cls(
         network,
         path=network.conversion.path,
-        conditioner=PipelinePrompts(files, negative_prompt, text_length, text_device),
+        conditioner=PipelinePrompts(
+            files, negative_prompt, text_length, text_device, None if text_files is None else os.fspath(text_files)
+        ),
         codec=PipelineCodec(files, tiling, slicing),
         guidance_scale=guidance_scale,
     )
@@ -59,6 +66,62 @@ def load_pipeline(
     shape = " x ".join(str(side) for side in network.size)
     log.info("Loaded %s as a %s, with guidance %g, for pictures of %s", files.source, what, guidance_scale, shape)
     return flow_map.eval()
+
+
+def opened(
+    flow_map: FlowMap,
+    source: str,
+    others: Sequence[str] = (),
+    *,
+    guidance_scale: float | None = None,
+    text_files: str | os.PathLike[str] | None = None,
+    checkpointing: bool = False,
+) -> FlowMap:
+    """Return a map that was saved with these options in place of its own. Raises ConfigError for any others."""
+    if others:
+        raise ConfigError(
+            f"{source} is a map that steerfm saved, with its own {', '.join(others)}: leave that out, or begin with "
+            "the pipeline."
+        )
+    if guidance_scale is not None:
+        flow_map.guidance_scale = guidance_scale
+    conditioner, model = flow_map.conditioner, declared(flow_map.network, "model")
+    if text_files is not None and isinstance(conditioner, PipelinePrompts):
+        flow_map.conditioner = conditioner.keeping(text_files)
+    if checkpointing and model is not None:
+        model.enable_gradient_checkpointing()
+    return flow_map
+
+
+class Encoders(NamedTuple):
+    """What leads pictures and prompts into a pretrained model; size: of its pictures, (height, width) in pixels."""
+
+    codec: PipelineCodec
+    conditioner: PipelinePrompts
+    size: tuple[int, int]
+
+
+def encoders(
+    source: str,
+    *,
+    text_files: str | os.PathLike[str],
+    size: int | Sequence[int] | None = None,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    variant: str | None = None,
+    text_length: int | None = None,
+    device: str | None = None,
+) -> Encoders:
+    """Return a pipeline's autoencoder and text encoders alone, to keep what they make of data; no denoiser is read.
+
+    text_files: where prompts are kept. device: where prompts are read. The others are as in `FlowMap.from_pretrained`.
+    """
+    files = PipelineFiles(source, revision, variant, str(dtype).removeprefix("torch.")).pinned()
+    family = family_of(files.index())
+    config, shrink = files.config(family.network), vae_scale(files.config("vae"))
+    shape = picture_size(size, SimpleNamespace(**config), shrink, 2 if family.packed else 1)
+    conditioner = PipelinePrompts(files, None, text_length, device, os.fspath(text_files))
+    return Encoders(PipelineCodec(files), conditioner, shape)
 
 
 def scheduler_times(flow_map: FlowMap, steps: int, **options: Any) -> list[float]:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from steerfm.backbones.lora import NAME, LoRANetwork, lora_of, without_lora
+from steerfm.backbones.diffusers import scheduler_times
+from steerfm.backbones.lora import NAME, LoRANetwork, lora_of, merged, without_lora
 from steerfm.backbones.pipeline_network import PipelineNetwork
+from steerfm.backbones.two_times import at_jumps
 from steerfm.errors import CheckpointError, ConfigError
 from steerfm.files import cannot_write, write_atomic
 from steerfm.flow_map import FlowMap, declared
@@ -22,14 +24,16 @@ INSIDE = "model."  # where a PipelineNetwork keeps diffusers' network
 CLOSE = 1e-3  # of the largest output: the additions' scale is multiplied in, which rounds
 
 
-def export_diffusers(flow_map: FlowMap, folder: str | Path) -> Path:
+def export_diffusers(flow_map: FlowMap, folder: str | Path, jumps: int | None = None) -> Path:
     """Write a pretrained map's denoiser as diffusers publishes it into `folder`, and return the folder.
 
     With LoRA, pytorch_lora_weights.safetensors, for `pipeline.load_lora_weights(folder)`: the additions alone, with
     alpha / rank multiplied into B. They are loaded once by diffusers, and compared, before this returns. Without,
     transformer/ or unet/ as a whole, for `from_pretrained(folder, subfolder=...)`; `steerfm.backbones.merged` makes the
-    one of the other. The rest of the pipeline is not written. Raises ConfigError for a map that is no pipeline's,
-    CheckpointError where what was written is not the map.
+    one of the other. A map of two_times, whose second time diffusers does not know, is bound to so many `jumps`
+    (`at_jumps`, with its LoRA merged): pipeline(prompt, sigmas=[1, 0.75, 0.5, 0.25]) makes them. The rest of the
+    pipeline is not written. Raises ConfigError for a map that is no pipeline's, CheckpointError where what was written
+    is not the map.
     """
     folder, family = Path(folder), declared(flow_map.network, "family")
     if family is None:
@@ -37,8 +41,16 @@ def export_diffusers(flow_map: FlowMap, folder: str | Path) -> Path:
             "Only maps of FlowMap.from_pretrained have a form in diffusers: write others by save(folder)."
         )
     network: Any = getattr(flow_map.network, "_orig_mod", flow_map.network)
-    if declared(network, "interval") is not None:
-        raise ConfigError("diffusers tells its networks one time and this map is told two: write it by save(folder).")
+    if (declared(network, "interval") is not None) != (jumps is not None):
+        raise ConfigError(
+            "diffusers tells its networks one time and this map is told two: say in how many jumps it shall sample, "
+            "--jumps 4 or jumps=4, or write it by save(folder)."
+            if jumps is None
+            else "This map is told one time, which diffusers tells it too: leave jumps out."
+        )
+    if jumps is not None:
+        plain = merged(flow_map) if isinstance(network, LoRANetwork) else flow_map
+        network = at_jumps(plain, jump_times(plain, jumps)).network
     if not isinstance(network, LoRANetwork):
         try:
             network.model.save_pretrained(folder / family.network, safe_serialization=True)
@@ -56,6 +68,26 @@ def export_diffusers(flow_map: FlowMap, folder: str | Path) -> Path:
     named = {f"{family.network}.{name}": tensor for name, tensor in tensors.items()}
     write_atomic(folder / LORA_NAME, serialise(named, {"format": "pt"}))
     return folder
+
+
+def equal_sigmas(jumps: int) -> list[float]:
+    """Return the sigmas that a pipeline is told for so many jumps, which its scheduler then shifts."""
+    return [1 - i / jumps for i in range(jumps)]
+
+
+def jump_times(flow_map: FlowMap, jumps: int) -> list[float]:
+    """Return the times between which a rectified flow's pipeline jumps when it is told `equal_sigmas`.
+
+    Raises ConfigError for other pipelines, whose schedulers take no sigmas.
+    """
+    family: Any = declared(flow_map.network, "family")
+    scheduler: Any = declared(flow_map.network, "scheduler")
+    if jumps < 1 or not type(scheduler).__name__.startswith("FlowMatch"):
+        raise ConfigError(
+            f"Jumps, 1 or more, are told to the pipelines of rectified flows, got {jumps} for a {family.network} with "
+            f"{type(scheduler).__name__}: write this map by save(folder)."
+        )
+    return scheduler_times(flow_map, jumps, sigmas=equal_sigmas(jumps))
 
 
 def _additions(network: LoRANetwork) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.backbones.export import LORA_NAME
+from steerfm.backbones.export import LORA_NAME, equal_sigmas, jump_times
 from steerfm.backbones.families import packed
 from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.errors import CheckpointError
 from steerfm.flow_map import FlowMap, declared
+from steerfm.sampling import few_jumps
 from steerfm.seeds import noise
 
 PROMPTS = ("a red fox in snow", "")
@@ -20,18 +21,20 @@ CLOSE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}  # of a
 
 
 @torch.no_grad()
-def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles) -> float:
+def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles, jumps: int | None = None) -> float:
     """Return the largest difference of a pixel between the map's pictures and those of diffusers' own pipeline.
 
     files: of the pipeline that the map began as. What `export_diffusers` wrote into `folder` is loaded into it: LoRA by
-    load_lora_weights, a whole denoiser in the place of its own. Both paint two prompts in one step from the same noise,
-    without guidance. Raises CheckpointError where the difference is more than rounding.
+    load_lora_weights, a whole denoiser in the place of its own. Both paint two prompts from the same noise, without
+    guidance: in so many jumps as the denoiser was bound to, or else in one step. Raises CheckpointError where the
+    difference is more than rounding.
     """
     family: Any = declared(flow_map.network, "family")
     model: Any = declared(flow_map.network, "model")
     view = flow_map.eval()
     x1 = noise(range(len(PROMPTS)), view.data_shape, dtype=torch.float32, device=view.device)
-    ours = view.decode(view.look_ahead(x1, 1.0, view.encode_prompts(list(PROMPTS))))
+    times = [1.0, 0.0] if jumps is None else jump_times(view, jumps)
+    ours = view.decode(few_jumps(view.with_guidance(1.0), x1, times, view.encode_prompts(list(PROMPTS))))
     pipeline = library("diffusers").DiffusionPipeline.from_pretrained(
         files.source, revision=files.revision, variant=files.variant, use_safetensors=True, torch_dtype=model.dtype
     )
@@ -41,7 +44,7 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles) ->
         kind = type(getattr(pipeline, family.network))
         own = kind.from_pretrained(folder, subfolder=family.network, torch_dtype=model.dtype, use_safetensors=True)
         pipeline.register_modules(**{family.network: own})
-    theirs = one_step(pipeline.to(view.device), view, x1)
+    theirs = painted(pipeline.to(view.device), view, x1, jumps)
     gap, most = float((theirs - ours).abs().max()), CLOSE[model.dtype]
     if not gap <= most:
         raise CheckpointError(
@@ -51,16 +54,23 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles) ->
     return gap
 
 
-def one_step(pipeline: Any, flow_map: FlowMap, x1: Tensor) -> Tensor:
-    """Return what a pipeline paints of `PROMPTS` in one step from noise (B, *dim) without guidance, in [0, 1]."""
+def painted(pipeline: Any, flow_map: FlowMap, x1: Tensor, jumps: int | None = None) -> Tensor:
+    """Return what a pipeline paints of `PROMPTS` from noise (B, *dim) without guidance, in [0, 1].
+
+    jumps: with sigmas in equal steps; None is one step of the pipeline's own.
+    """
     family: Any = declared(flow_map.network, "family")
     name = type(pipeline).__name__
     more: dict[str, Any] = {"use_resolution_binning": False} if name.startswith(("Sana", "PixArt")) else {}
     if name == "SanaSprintPipeline":
         more["intermediate_timesteps"] = None
+    length = getattr(flow_map.conditioner, "length", None)
+    if length is not None:
+        more["max_sequence_length"] = length
+    more |= {"num_inference_steps": 1} if jumps is None else {"sigmas": equal_sigmas(jumps)}
     height, width = declared(flow_map.network, "size")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        list(PROMPTS), latents=packed(x1) if family.packed else x1, num_inference_steps=1, guidance_scale=1.0,
-        output_type="pt", height=height, width=width, **more,
+        list(PROMPTS), latents=packed(x1) if family.packed else x1, guidance_scale=1.0, output_type="pt",
+        height=height, width=width, **more,
     ).images.float()  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from steerfm.backbones.families import family_of, parameters_of
 from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, library
 from steerfm.building import remembered
+from steerfm.conditions.text_files import TextFiles
+from steerfm.errors import ConfigError
+from steerfm.provenance import file_fingerprint
 from steerfm.types import Condition
 
 CACHE_BYTES = 2**28  # of what recent prompts were read as
@@ -24,10 +30,10 @@ class PipelinePrompts(nn.Module):
 
     negative_prompt: stands for the null condition; None is the pipeline's own, the empty prompt or zeros. length: the
     most tokens of a long prompt, the pipeline's own where nothing is said. device: where the encoders work; None is
-    where the map is.
+    where the map is. kept: a folder in which what prompts were read as is kept; one that is there is not read again.
 
     As those of `FrozenText`, the encoders are loaded when the first prompt is read and are no part of the map, every
-    prompt is read by itself, and recent ones are kept, on the CPU; `release` lets go of the encoders.
+    prompt is read by itself, and recent ones are held, on the CPU; `release` lets go of the encoders.
     """
 
     def __init__(
@@ -36,10 +42,11 @@ class PipelinePrompts(nn.Module):
         negative_prompt: str | None = None,
         length: int | None = None,
         device: str | None = None,
+        kept: str | None = None,
     ) -> None:
         super().__init__()
-        self.negative_prompt, self.device = negative_prompt, device
-        self._reader = _Reader(files, length)
+        self.negative_prompt, self.length, self.device = negative_prompt, length, device
+        self._reader = _Reader(files, length, kept)
         self.place: Tensor  # follows the map to its device
         self.register_buffer("place", torch.zeros((), dtype=torch.uint8), persistent=False)
 
@@ -49,12 +56,30 @@ class PipelinePrompts(nn.Module):
 
     def null(self, n: int) -> Condition:
         """Return the null condition for n samples: the negative prompt."""
-        one = self._condition([(self.negative_prompt or "", True, self.negative_prompt is None)])
-        return one.repeat_interleave(n)
+        return self._condition([self._null()]).repeat_interleave(n)
+
+    def keeping(self, folder: str | os.PathLike[str]) -> PipelinePrompts:
+        """Return the same with what prompts were read as kept in `folder`."""
+        made = PipelinePrompts(self._reader.files, self.negative_prompt, self.length, self.device, os.fspath(folder))
+        return made.to(self.place.device)
+
+    def keep(self, prompts: Sequence[str]) -> int:
+        """Read prompts, and the null condition, that `kept` does not hold yet; return how many these were."""
+        texts, read = self._reader.texts, 0
+        if texts is None:
+            raise ConfigError("Prompts are kept in a folder: name one by kept=.")
+        for asked in [self._null(), *((prompt, False, False) for prompt in dict.fromkeys(prompts))]:
+            if not texts.holds(asked):
+                self._condition([asked])
+                read += 1
+        return read
 
     def release(self) -> None:
         """Let go of the encoders and their memory; a prompt that is not among the recent ones loads them again."""
         self._reader.pipeline = None
+
+    def _null(self) -> tuple[str, bool, bool]:
+        return (self.negative_prompt or "", True, self.negative_prompt is None)
 
     def _condition(self, asked: Sequence[tuple[str, bool, bool]]) -> Condition:
         device = self.place.device if self.device is None else torch.device(self.device)
@@ -65,8 +90,8 @@ class PipelinePrompts(nn.Module):
 class _Reader:
     """Hold the encoders outside the module tree, and what they made of recent prompts; copies of a map share it."""
 
-    def __init__(self, files: PipelineFiles, length: int | None) -> None:
-        self.files, self.length = files, length
+    def __init__(self, files: PipelineFiles, length: int | None, kept: str | None) -> None:
+        self.files, self.length, self.kept = files, length, kept
         self.recent: OrderedDict[tuple[str, bool, bool], dict[str, Tensor]] = OrderedDict()
         self.bytes = 0
         self.pipeline: Any = None
@@ -75,13 +100,37 @@ class _Reader:
         return self
 
     def __reduce__(self) -> Any:
-        return _Reader, (self.files, self.length)  # another process loads the encoders itself
+        return _Reader, (self.files, self.length, self.kept)  # another process loads the encoders itself
+
+    @cached_property
+    def texts(self) -> TextFiles | None:
+        """The files of what prompts were read as; of a pipeline in a folder they are told apart by its bytes."""
+        if self.kept is None:
+            return None
+        files, index = self.files, self.files.index()
+        parts = [part for pair in family_of(index).texts.items() for part in pair if files.has(part)]
+        folder = Path(files.source)
+        if folder.is_dir():
+            named: Any = [file_fingerprint(folder / part) for part in parts]
+        else:
+            named = [files.source, files.revision, files.variant]
+        origin = {"pipeline": index["_class_name"], "parts": named, "dtype": files.dtype, "length": self.length}
+        return TextFiles(self.kept, origin)
 
     def read(self, asked: tuple[str, bool, bool], device: torch.device) -> dict[str, Tensor]:
         """Return the tensors (1, ...) of (prompt, negative, unsaid) on the CPU."""
         if asked in self.recent:
             self.recent.move_to_end(asked)
             return self.recent[asked]
+        tensors = self.texts.read(asked) if self.texts else None
+        if tensors is None:
+            tensors = self._encoded(asked, device)
+            if self.texts:
+                self.texts.write(asked, tensors)
+        self._keep(asked, tensors)
+        return tensors
+
+    def _encoded(self, asked: tuple[str, bool, bool], device: torch.device) -> dict[str, Tensor]:
         prompt, negative, unsaid = asked
         index = self.files.index()
         family = family_of(index)
@@ -89,9 +138,7 @@ class _Reader:
         options = {"length": self.length, "negative": negative, "unsaid": unsaid}
         # What is kept must serve training too, so it may be neither an inference tensor nor rounded by autocast.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            tensors = {name: found.cpu().clone() for name, found in family.read(pipeline, prompt, options).items()}
-        self._keep(asked, tensors)
-        return tensors
+            return {name: found.cpu().clone() for name, found in family.read(pipeline, prompt, options).items()}
 
     def _loaded(self, index: dict[str, Any], device: torch.device) -> Any:
         """Return the pipeline with its encoders alone, on a device."""

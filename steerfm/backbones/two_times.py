@@ -11,7 +11,9 @@ Geng et al. 2025, arXiv 2505.13447 (MeanFlow), tell a network the interval in pl
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from steerfm.networks.embeddings import start_at_zero
 from steerfm.networks.sharing import copy_around
 from steerfm.types import Condition, State, Times
 
+SAME = 1e-6  # relative error of what a map bound to its jumps adds
 EMBEDDERS = ("timestep_embedder", "time_embedding")  # what transformers and U-Nets of diffusers call theirs
 
 
@@ -43,6 +46,45 @@ def two_times(flow_map: FlowMap, frequencies: int = 16) -> FlowMap:
     told = copy_around(flow_map)
     told.network = TwoTimeNetwork(told.network, frequencies)
     return told.to(flow_map.device)
+
+
+@torch.no_grad()
+def at_jumps(flow_map: FlowMap, times: Sequence[float]) -> FlowMap:
+    """Return a map that makes the same jumps between these times, and knows one time alone: for plain diffusers.
+
+    times: falling, such as 1, 0.75, 0.5, 0.25, 0. Between them the interval follows from the source time, so what is
+    added for it can be had from the embedding of the source time: the least change of that embedding's last layer
+    which adds at each of these times what the interval's embedding would. Elsewhere the result means nothing. Raises
+    ConfigError for a map without a second time, or for more times than the layer can tell apart.
+    """
+    made = copy.deepcopy(flow_map)
+    network = made.network
+    if not isinstance(network, TwoTimeNetwork):
+        raise ConfigError("Only a map of two_times is bound to its jumps; merge its LoRA first.")
+    last, seen = _embedder(network.network).linear_2, []
+    network.tie.remove()
+    s, t = (torch.tensor(each, dtype=torch.float32, device=made.device) for each in (times[:-1], times[1:]))
+    hook = last.register_forward_pre_hook(lambda module, given: seen.append(given[0].double()))
+    condition = made.conditioner.null(len(s)).to(made.device)  # type: ignore[misc,operator]
+    network.network(torch.zeros(len(s), *made.data_shape, device=made.device), s, s, condition)
+    hook.remove()
+    known, wanted = seen[0], network.added(s, t).double()
+    change = torch.linalg.pinv(known) @ wanted  # (in, out): the least one with known @ change = wanted
+    if (known @ change - wanted).abs().max() > SAME * wanted.abs().max():
+        raise ConfigError(
+            f"{len(s)} jumps are more than {type(flow_map.network).__name__} can be bound to: take fewer."
+        )
+    last.weight += change.T.to(last.weight)
+    made.network = network.network
+    return made.eval()
+
+
+def adapted(
+    flow_map: FlowMap, second_time: bool = False, adapter: Callable[[FlowMap], FlowMap] | None = None
+) -> FlowMap:
+    """Return a map with a second time where one is wanted, and then `adapter` of it: what recipes train."""
+    told = two_times(flow_map) if second_time else flow_map
+    return told if adapter is None else adapter(told)
 
 
 @remembered
@@ -72,12 +114,16 @@ class TwoTimeNetwork(nn.Module):
             self.interval = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         start_at_zero(self.interval[2])
         self._embedding: Tensor | None = None
-        embedder.register_forward_hook(self._told)
+        self.tie = embedder.register_forward_hook(self._told)
 
-    def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
+    def added(self, s: Times, t: Times) -> Tensor:
+        """Return what is added to the embedding of s for the interval to t, (B, width)."""
         angles = (s - t).float()[:, None] * self.rates
         waves = torch.cat([angles.cos() - 1, angles.sin()], 1)  # nothing for an interval of no length
-        self._embedding = self.interval(waves.to(next(self.interval.parameters())))
+        return self.interval(waves.to(next(self.interval.parameters())))
+
+    def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
+        self._embedding = self.added(s, t)
         try:
             return self.network(x, s, t, condition)
         finally:

@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.map} is no map of a pretrained pipeline: such a map is exported by its save().")
     has_lora = isinstance(flow_map.network, LoRANetwork)
     flow_map = merged(flow_map) if arguments.merged and has_lora else flow_map
-    export_diffusers(flow_map, folder)
-    gap = painting_gap(flow_map, folder, files)
-    write_atomic(folder / "README.md", model_card(arguments.map, files, flow_map, gap).encode())
+    export_diffusers(flow_map, folder, arguments.jumps)
+    gap = painting_gap(flow_map, folder, files, arguments.jumps)
+    write_atomic(folder / "README.md", model_card(arguments.map, files, flow_map, gap, arguments.jumps).encode())
     common.say(f"Exported to {folder}; plain diffusers paints the same from it (largest difference {gap:.1e}).")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from steerfm.backbones.export import equal_sigmas
 from steerfm.backbones.lora import LoRANetwork
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.flow_map import FlowMap, declared
@@ -17,19 +18,21 @@ from steerfm.runs import Run
 FIGURES = ("reward", "held_out", "monitor")  # of metrics.json, by their first word
 
 
-def model_card(source: str | Path, files: PipelineFiles, flow_map: FlowMap, gap: float) -> str:
+def model_card(
+    source: str | Path, files: PipelineFiles, flow_map: FlowMap, gap: float, jumps: int | None = None
+) -> str:
     """Return the card: what it began as, how it was tuned and toward what, what it reached, how it is loaded.
 
     source: the map, or the run that saved it, whose recipe and figures then stand in the card. gap: the largest
-    difference of a pixel from plain diffusers.
+    difference of a pixel from plain diffusers. jumps: that it was bound to, if any.
     """
     run = _run_of(Path(source))
     head: dict[str, Any] = {"library_name": "diffusers", "base_model": files.source, "tags": ["steerfm", "flow map"]}
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", f"# {_title(files, flow_map)}", ""]
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", f"# {_title(files, flow_map, jumps)}", ""]
     lines += [f"Tuned by steerfm {version('steerfm')} from `{files.source}`{_revision(files)}.", ""]
     if run is not None:
         lines += ["## How it was tuned", "", *_recipe(run.config), "", "## What it reached", "", *_figures(run), ""]
-    lines += ["## How it is loaded", "", "```python", *_loading(files, flow_map), "```", ""]
+    lines += ["## How it is loaded", "", "```python", *_loading(files, flow_map, jumps), "```", ""]
     lines += [f"Plain diffusers painted the same pictures from these files, within {gap:.1e} of a pixel in [0, 1].", ""]
     return "\n".join(lines)
 
@@ -40,7 +43,9 @@ def _run_of(source: Path) -> Run | None:
     return None if found is None else Run.open(found)
 
 
-def _title(files: PipelineFiles, flow_map: FlowMap) -> str:
+def _title(files: PipelineFiles, flow_map: FlowMap, jumps: int | None) -> str:
+    if jumps is not None:
+        return f"{Path(files.source).name} in {jumps} jumps"
     kind = "LoRA" if isinstance(flow_map.network, LoRANetwork) else "weights"
     return f"{Path(files.source).name}: {kind} tuned toward a reward"
 
@@ -82,10 +87,10 @@ def _figures(run: Run) -> list[str]:
     return ["| figure | value |", "| :-- | --: |", *rows, "", f"Tuning took {run.info.seconds:.0f} s."]
 
 
-def _loading(files: PipelineFiles, flow_map: FlowMap) -> list[str]:
+def _loading(files: PipelineFiles, flow_map: FlowMap, jumps: int | None) -> list[str]:
     """Return the lines that load it into plain diffusers."""
     source = [f'pipeline = DiffusionPipeline.from_pretrained("{files.source}")']
-    if isinstance(flow_map.network, LoRANetwork):
+    if isinstance(flow_map.network, LoRANetwork) and jumps is None:
         return [
             "from diffusers import DiffusionPipeline",
             "",
@@ -95,4 +100,10 @@ def _loading(files: PipelineFiles, flow_map: FlowMap) -> list[str]:
     family: Any = declared(flow_map.network, "family")
     kind = type(declared(flow_map.network, "model")).__name__
     load = f'pipeline.{family.network} = {kind}.from_pretrained("path/to/this/folder", subfolder="{family.network}")'
-    return [f"from diffusers import {kind}, DiffusionPipeline", "", *source, load]
+    lines = [f"from diffusers import {kind}, DiffusionPipeline", "", *source, load]
+    if jumps is None:
+        return lines
+    sigmas = ", ".join(f"{sigma:.6g}" for sigma in equal_sigmas(jumps))
+    length = getattr(flow_map.conditioner, "length", None)
+    more = "" if length is None else f", max_sequence_length={length}"
+    return [*lines, f"pipeline(prompt, sigmas=[{sigmas}], guidance_scale=1.0{more})  # and no other number of steps"]

@@ -63,12 +63,14 @@ def cache_latents(
     *,
     shard_size: int = 1024,
     dtype: str = "float32",
+    device: str | None = None,
 ) -> Path:
     """Encode all pictures of `data` and write their latents with the captions into `folder`; return the folder.
 
-    codec: what has `encode`; one that is a module, or holds one, is fed on its device. batch_size: pictures
-    encoded at once. shard_size: pictures a file. dtype: "float32", "float16" or "bfloat16", of what is stored. A
-    folder that is complete is left as it is, an unfinished one is completed, without encoding again what it holds.
+    codec: what has `encode`; one that is a module, or holds one, is fed on its device, or on `device`, where a
+    pretrained one goes with the pictures. batch_size: pictures encoded at once. shard_size: pictures a file. dtype:
+    "float32", "float16" or "bfloat16", of what is stored. A folder that is complete is left as it is, an unfinished one
+    is completed, without encoding again what it holds.
     Raises DataError where the folder holds latents of other pictures or another codec, or where a latent is not
     finite; RunError where it cannot be written or another process writes it.
     """
@@ -91,9 +93,9 @@ def cache_latents(
         for path, start in progress(list(zip(paths, starts, strict=True)), f"Encoding {data.count} pictures"):
             if not _is_whole(path, key):
                 rows = range(start, min(start + shard_size, data.count))
-                x0, captions = _encoded(codec, data, rows, batch_size)
+                x0, captions = _encoded(codec, data, rows, batch_size, device)
                 header = json.dumps({"key": key, "captions": captions})  # in one entry: several have no fixed order
-                write_atomic(path, serialise({"x0": x0.to(TYPES[dtype])}, {HEADER: header}))
+                write_atomic(path, serialise({"x0": x0.to(TYPES[dtype]).contiguous()}, {HEADER: header}))
         index = {"format": FORMAT, "key": key, **origin, **_summary(paths)}
         write_atomic(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     finally:
@@ -153,13 +155,15 @@ class Latents(StepDataModule):
         return {"x0": x0.float(), "prompt": [self.captions[number] for number in numbers]}
 
 
-def _encoded(codec: Encoder, data: Pictures, rows: range, batch_size: int) -> tuple[Tensor, list[str]]:
+def _encoded(
+    codec: Encoder, data: Pictures, rows: range, batch_size: int, device: str | None
+) -> tuple[Tensor, list[str]]:
     """Return the latents and captions of some pictures. Raises DataError for what is no batch of finite numbers."""
     latents, captions = [], []
-    device = _device(codec)
+    place = _device(codec) if device is None else torch.device(device)
     for start in range(rows.start, rows.stop, batch_size):
         batch = data.rows(range(start, min(start + batch_size, rows.stop)))
-        x0 = codec.encode(images.to_unit(batch["x0"]).to(device)).float().cpu()
+        x0 = codec.encode(images.to_unit(batch["x0"]).to(place)).float().cpu()
         if len(x0) != len(batch["prompt"]):
             raise DataError(f"The codec made {len(x0)} latents of {len(batch['prompt'])} pictures: it must keep rows.")
         finite = x0.flatten(1).isfinite().all(1)

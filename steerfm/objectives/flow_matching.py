@@ -9,6 +9,7 @@ import torch
 from steerfm.conditions.guidance import SCALE
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
+from steerfm.objectives.teachers import Teacher, teaching
 from steerfm.objectives.weights import mean_square
 from steerfm.solvers import heun
 from steerfm.types import Condition, State, Times, Values, unsqueeze_like
@@ -53,7 +54,7 @@ class FlowMatching:
     guided where it is guided.
     """
 
-    teacher: FlowMap | None = None
+    teacher: Teacher | None = None
 
     def __call__(
         self,
@@ -70,7 +71,7 @@ class FlowMatching:
             return flow_matching(flow_map, x0, x1, s, condition)
         x_s = flow_map.path.interpolate(x0, x1, s)
         with torch.no_grad():
-            v = self.teacher.velocity(x_s, s, condition)
+            v = teaching(self.teacher, flow_map).velocity(x_s, s, condition)
         return mean_square(flow_map.velocity(x_s, s, condition) - v)
 
 

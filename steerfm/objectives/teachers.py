@@ -91,7 +91,17 @@ class Rounds(_Copy):
                 old.copy_(new)
 
 
-Teacher: TypeAlias = FlowMap | SelfAverage | Rounds
+@runtime_checkable
+class Holder(Protocol):
+    """What holds a map that teaches, as `SelfAverage`, `Rounds` and `steerfm.backbones.LoRABase` do."""
+
+    @property
+    def map(self) -> FlowMap:
+        """The map."""
+        ...
+
+
+Teacher: TypeAlias = FlowMap | Holder
 
 
 def teaching(teacher: Teacher | None, flow_map: FlowMap) -> FlowMap:
