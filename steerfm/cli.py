@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"steerfm {version('steerfm')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_recipe_command(
+        commands,
+        "cache",
+        "keep what a pretrained model's encoders make of pictures and captions",
+        "steerfm cache recipe=latents map=stabilityai/stable-diffusion-3.5-medium data.folder=my_pictures",
+    )
     _add_recipe_command(commands, "train", "train a flow map", "steerfm train recipe=digits")
     _add_recipe_command(
         commands, "finetune", "fine-tune one", "steerfm finetune recipe=digits_finetune map=runs/digits"
@@ -98,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("map", help="a map of FlowMap.from_pretrained that was saved, or the run that saved it")
     export.add_argument("to", metavar="FOLDER", help="where it goes: an empty folder, or one that is not there")
     export.add_argument("--merged", action="store_true", help="LoRA merged into the whole network")
+    export.add_argument(
+        "--jumps", type=int, metavar="N", help="of a flow map with a second time: the whole network, for N jumps"
+    )
     commands.add_parser("env", help="print versions, devices, cores and memory")
     return parser
 
