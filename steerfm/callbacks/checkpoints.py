@@ -1,24 +1,129 @@
-"""Checkpoints from which a run goes on as if it had never stopped: written whole, and with the random state."""
+"""Checkpoints from which a run goes on as if it had never stopped: written whole, with the random state, at the right
+moment."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from steerfm import files
 from steerfm.distributed import gather, world
-from steerfm.errors import CheckpointError
+from steerfm.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 KEY = "steerfm_random_state"
+
+
+class Checkpoints(Checkpoint):
+    """Write FOLDER/step=00000200.ckpt every `every` optimiser steps and keep the newest `keep`; last.ckpt is a link.
+
+    Which is the newest is told by the step in the name, never by a clock. An older one goes once the newer one is whole
+    and on the disk. Where a validation follows a step, the checkpoint is written after it: Lightning does not make up
+    for a validation that a resumed run had before it, and what that kept (the best reward of PreferenceTraining) would
+    be lost. It belongs with DurableCheckpoints, and Lightning calls it after all other callbacks.
+    """
+
+    def __init__(self, folder: str | Path, every: int, keep: int = 2) -> None:
+        if every < 1 or keep < 1:
+            raise ConfigError(f"Checkpoints are every so many steps, at least 1, got every={every} and keep={keep}.")
+        self.folder = Path(folder)
+        self.every = every
+        self.keep = keep
+        self.saved = 0  # the step of the newest; none is needed of step 0
+        self.ending: Callable[[Path], None] | None = None
+
+    def end_with(self, ending: Callable[[Path], None]) -> None:
+        """Write a checkpoint at the end of this step, whichever it is, and then call ending(path), which raises."""
+        self.ending = ending
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved, self.ending = trainer.global_step, None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not _validates_now(trainer):
+            self._step_is_over(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._step_is_over(trainer)
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write a checkpoint of the present step, which every process must do together, and return its path."""
+        step = trainer.global_step
+        path = self.folder / f"step={step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved = step
+        if trainer.is_global_zero:
+            _point(self.folder / "last.ckpt", path)
+            for old in newest_first(self.folder)[self.keep :]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def _step_is_over(self, trainer: Trainer) -> None:
+        due = trainer.global_step % self.every == 0 and trainer.global_step != self.saved
+        if due or self.ending is not None:
+            path = self.save(trainer)
+            if self.ending is not None:
+                self.ending(path)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, those of the later steps first; links are left out."""
+
+    def place(path: Path) -> tuple[int, int]:
+        found = re.fullmatch(
+            r"step=(\d+)(?:-v(\d+))?", path.stem
+        )  # Lightning's own, of earlier runs, may have a version
+        return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+    return sorted((path for path in folder.glob("*.ckpt") if not path.is_symlink()), key=place, reverse=True)
+
+
+def end_after_saving(trainer: Trainer, ending: Callable[[Path | None], None]) -> None:
+    """Call ending(path), which raises, once this step's checkpoint is written; at once where nothing writes any."""
+    callback = checkpoints_of(trainer)
+    if callback is None:
+        ending(None)
+    else:
+        callback.end_with(ending)
+
+
+def checkpoints_of(trainer: Trainer) -> Checkpoints | None:
+    """Return the callback that writes a trainer's checkpoints; None where it is none of ours."""
+    return next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)), None)
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Say whether Lightning validates between this step and the next."""
+    if not sum(trainer.num_val_batches):  # type: ignore[arg-type]
+        return False
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _point(link: Path, path: Path) -> None:
+    """Let `link` lead to a file beside it, in one step; nothing needs the link, so that a disk without any will do."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.symlink_to(path.name)
+        temporary.replace(link)
 
 
 class DurableCheckpoints(TorchCheckpointIO):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from steerfm.callbacks import DurableCheckpoints, RandomState
+from steerfm.callbacks import Checkpoints, DurableCheckpoints, RandomState, SkipNonFinite, StopOnSignal
+from steerfm.callbacks.checkpoints import newest_first
 from steerfm.commands import common, loggers
 from steerfm.config import Composed
 from steerfm.errors import CheckpointError
@@ -48,16 +49,14 @@ def fit(recipe: Composed) -> Path:
 
 
 def last_good(run: Run) -> Path | None:
-    """Return the newest checkpoint of a run that can be read, None where it has none yet.
+    """Return the checkpoint of a run's latest step that is whole, None where it has none yet; a clock has no say in it.
 
     Raises CheckpointError if there are checkpoints and every one is damaged.
     """
-    folder = run.folder / "checkpoints"
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.is_symlink()), reverse=True)
-    damage: list[CheckpointError] = []
+    found, damage = newest_first(_folder(run)), list[CheckpointError]()
     for path in found:
         try:
-            read_checkpoint(path)
+            check_whole(path)
         except CheckpointError as error:
             damage.append(error)
             continue
@@ -66,26 +65,27 @@ def last_good(run: Run) -> Path | None:
         return path
     if damage:
         raise CheckpointError(
-            f"{found[0]} is damaged, and the run has no earlier checkpoint: delete {folder} to train again from "
-            "the start, or restore the file."
+            f"{found[0]} is damaged, and the run has no earlier checkpoint: delete {_folder(run)} to train again "
+            "from the start, or restore the file."
         )
     return None
 
 
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError if a checkpoint is cut off, is none, or holds other bytes than were written."""
+    read_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+        broken = archive.testzip()
+    if broken is not None:
+        raise CheckpointError(f"{path} is damaged (the check sum of {broken} is another): use an earlier one.")
+
+
 def _trainer(recipe: Composed, run: Run, logger: Any) -> Any:
     callbacks = common.callbacks(recipe, recipe.values["trainer"].get("max_steps", -1))
-    callbacks += [_checkpoints(run, recipe.values["checkpoint_every"]), RandomState()]
+    callbacks += [] if any(isinstance(callback, SkipNonFinite) for callback in callbacks) else [SkipNonFinite()]
+    callbacks += [RandomState(), StopOnSignal(), Checkpoints(_folder(run), recipe.values["checkpoint_every"])]
     return common.trainer(recipe, run, callbacks=callbacks, logger=logger, plugins=[DurableCheckpoints()])
 
 
-def _checkpoints(run: Run, every: int) -> ModelCheckpoint:
-    """Return the callback that keeps the two newest checkpoints; last.ckpt points to the newer."""
-    return ModelCheckpoint(
-        dirpath=run.folder / "checkpoints",
-        filename="{step:08d}",
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        save_last="link",
-        every_n_train_steps=every,
-    )
+def _folder(run: Run) -> Path:
+    return run.folder / "checkpoints"

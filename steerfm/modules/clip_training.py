@@ -19,7 +19,8 @@ from torch.optim import AdamW, Optimizer
 
 from steerfm.building import check_arguments
 from steerfm.callbacks.ema import averaged
-from steerfm.errors import ConfigError, DataError, TrainingError
+from steerfm.callbacks.skip_non_finite import non_finite
+from steerfm.errors import ConfigError, DataError
 from steerfm.files import write_atomic
 from steerfm.images import clamp, resize, to_unit
 from steerfm.modules.common import configure, rows_of, step_generator
@@ -87,7 +88,7 @@ class ClipTraining(lightning.LightningModule):
             images = attacked(images, lambda moved: self._loss(moved, texts)[0], self.adversarial, generator)
         loss, accuracy = self._loss(images, texts)
         if not torch.isfinite(loss):
-            raise TrainingError(f"The contrastive loss is {float(loss)} at step {self.global_step}: lower the rate.")
+            non_finite(self, f"The contrastive loss is {float(loss)} at step {self.global_step}")
         self.log("loss", loss, prog_bar=True)
         self.log("accuracy", accuracy, prog_bar=True)
         return loss

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steerfm.callbacks.ema import averaged
+from steerfm.callbacks.skip_non_finite import non_finite
 from steerfm.distributed import world
-from steerfm.errors import ConfigError, TrainingError
+from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.objectives.teachers import Following
 from steerfm.seeds import BatchGenerator
@@ -57,16 +58,19 @@ def batches_so_far(module: lightning.LightningModule) -> int:
     return max(module.trainer.fit_loop.epoch_loop.total_batch_idx, 0)
 
 
-def require_finite(losses: Values, name: str, step: int, s: Tensor, t: Tensor) -> None:
-    """Raise TrainingError, naming the loss and the interval, where a loss is not finite."""
+def require_finite(module: lightning.LightningModule, losses: Values, name: str, s: Tensor, t: Tensor) -> None:
+    """Have the step skipped (`callbacks.SkipNonFinite`, else TrainingError) where a loss is not finite.
+
+    What is told is the loss, and the interval of the first such row.
+    """
     losses = losses.detach()
     bad = ~torch.isfinite(losses)
     if bad.any():
         i = int(bad.nonzero()[0, 0])
-        raise TrainingError(
-            f"The loss '{name}' is {float(losses[i])} at step {step} for the interval s = {float(s[i]):.4f}, "
-            f"t = {float(t[i]):.4f} ({int(bad.sum())} of {len(losses)} samples): lower the learning rate, clip "
-            "gradients (trainer.gradient_clip_val=1), or look at the data."
+        non_finite(
+            module,
+            f"The loss '{name}' is {float(losses[i])} at step {module.global_step} for the interval "
+            f"s = {float(s[i]):.4f}, t = {float(t[i]):.4f} ({int(bad.sum())} of {len(losses)} samples)",
         )
 
 

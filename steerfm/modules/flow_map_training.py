@@ -126,8 +126,9 @@ class FlowMapTraining(lightning.LightningModule):
         for teacher in self._teachers:
             teacher.on(self.device)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._followers.follow(self.flow_map, self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._followers.follow(self.flow_map, self.global_step + 1)  # before any callback writes a checkpoint
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with torch.enable_grad():  # finite where training is; forward mode does not mind
@@ -140,7 +141,7 @@ class FlowMapTraining(lightning.LightningModule):
     def losses(
         self, batch: dict[str, Any], generator: torch.Generator, diagonal_only: bool
     ) -> tuple[Values, Tensor, Tensor]:
-        """Return the unweighted loss of each row and its times; raises TrainingError where one is not finite."""
+        """Return the unweighted loss of each row and its times; `require_finite` sees to those that are not finite."""
         x0, flow_map = batch["x0"], self.flow_map.with_guidance(1.0)  # guidance is for sampling
         x1 = drawn(torch.randn, x0.shape, generator).to(x0)
         batch_rows = shares(len(x0), generator)
@@ -160,13 +161,13 @@ class FlowMapTraining(lightning.LightningModule):
             on = slice(rows)
             with rows_between(generator, 0, first):
                 losses.append(self._on_diagonal(flow_map, x0[on], x1[on], s[on], _rows(condition, on), generator))
-            require_finite(losses[-1], "flow_matching", self.global_step, s[on], t[on])
+            require_finite(self, losses[-1], "flow_matching", s[on], t[on])
         if rows < len(x0):
             off = slice(rows, None)
             inputs = (flow_map, x0[off], x1[off], s[off], t[off], _rows(condition, off))
             with rows_between(generator, first, total):
                 losses.append(self._run(self.objective, *inputs, generator, self.global_step))
-            require_finite(losses[-1], name_of(self.objective), self.global_step, s[off], t[off])
+            require_finite(self, losses[-1], name_of(self.objective), s[off], t[off])
         return torch.cat(losses), s, t
 
     def _on_diagonal(

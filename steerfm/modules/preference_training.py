@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from steerfm.callbacks.ema import averaged
-from steerfm.errors import CheckpointError, ConfigError, TrainingError
+from steerfm.callbacks.skip_non_finite import non_finite
+from steerfm.errors import CheckpointError, ConfigError
 from steerfm.files import write_atomic
 from steerfm.modules.common import configure
 from steerfm.preferences import agreement, bradley_terry, calibration_error, centring, log_likelihood
@@ -64,10 +65,7 @@ class PreferenceTraining(lightning.LightningModule):
         preferred = batch["preferred"]
         loss = (bradley_terry(a, b, preferred) + self.centring * centring(a, b)).mean()
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"The loss of preferences is {float(loss.detach())} at step {self.global_step}: lower the learning "
-                "rate, or clip gradients (trainer.gradient_clip_val=1)."
-            )
+            non_finite(self, f"The loss of preferences is {float(loss.detach())} at step {self.global_step}")
         self.log("loss", loss, prog_bar=True)
         self.log("accuracy", agreement(a, b, preferred).nanmean().nan_to_num(0.5), prog_bar=True)
         return loss

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from steerfm.callbacks.skip_non_finite import non_finite
 from steerfm.divergence import monitor
-from steerfm.errors import ConfigError, RewardError, TrainingError
+from steerfm.errors import ConfigError, RewardError
 from steerfm.finetuning import Batch, DirectBackprop, FineTuning, Tuned
 from steerfm.finetuning.common import without_gradient
 from steerfm.finetuning.noise_adapter import with_conditioner
@@ -122,7 +123,6 @@ class RewardFineTuning(lightning.LightningModule):
         work = self._batch(batch)
         tuned = self.method(work)
         loss = tuned.loss.mean()
-        self._require_finite(loss, tuned)
         x0 = None if tuned.x0 is None else tuned.x0.detach()
         watched = self.global_step % self.monitor_every == 0
         if x0 is None and (watched or self.consistency is not None):
@@ -137,6 +137,7 @@ class RewardFineTuning(lightning.LightningModule):
             gap = self._inconsistency(work, x0[:: len(x0) // len(work.prompts)])  # type: ignore[index,arg-type]
             self.log("consistency", gap, sync_dist=True)
             loss = loss + self.consistency_weight * gap
+        self._require_finite(loss, tuned)
         if watched:
             self._monitor(x0, work)  # type: ignore[arg-type]
         return loss
@@ -186,10 +187,8 @@ class RewardFineTuning(lightning.LightningModule):
         known = [
             f"mean {name} {float(values.detach().mean()):.4g}" for name, values in figures.items() if values is not None
         ]
-        raise TrainingError(
-            f"The fine-tuning loss is {float(loss)} at step {self.global_step} ({', '.join(known)}): lower the "
-            "learning rate, or raise the temperature."
-        )
+        fact = f"The fine-tuning loss is {float(loss.detach())} at step {self.global_step} ({', '.join(known)})"
+        non_finite(self, fact, "lower the learning rate, or raise the temperature")
 
     def _check_reward(self) -> None:
         name = type(self.method).__name__
@@ -205,8 +204,17 @@ class RewardFineTuning(lightning.LightningModule):
         for teacher in self._teachers:
             teacher.on(self.device)
 
+    def on_train_start(self) -> None:
+        self._stop_in_time()  # a run that was killed after its last step makes no more of them
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._followers.follow(self.flow_map, self.global_step + 1)  # before any callback writes a checkpoint
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._followers.follow(self.flow_map, self.global_step)
+        self._stop_in_time()
+
+    def _stop_in_time(self) -> None:
         if self.method.steps is not None and self.global_step >= self.method.steps:
             self.trainer.should_stop = True
 

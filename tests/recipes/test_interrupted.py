@@ -111,7 +111,7 @@ def test_if_every_checkpoint_is_damaged_one_sentence_says_what_to_do(there: Path
     capsys.readouterr()
     assert main(tuning("ruined")) == 2
     error = capsys.readouterr().err
-    assert "last.ckpt is damaged" in error and "delete" in error and "Traceback" not in error
+    assert ".ckpt is damaged" in error and "delete" in error and "Traceback" not in error
 
 
 def test_a_nan_reward_is_named_and_what_was_saved_stays(there: Path, capsys: pytest.CaptureFixture[str]):
