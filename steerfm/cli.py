@@ -107,7 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--jumps", type=int, metavar="N", help="of a flow map with a second time: the whole network, for N jumps"
     )
-    commands.add_parser("env", help="print versions, devices, cores and memory")
+    env = commands.add_parser("env", help="print versions, devices, cores and memory; or what a recipe needs of it")
+    env.add_argument(
+        "--plan",
+        action="store_true",
+        help="estimate a recipe's peak memory, without running it: steerfm env --plan recipe=digits_finetune map=...",
+    )
+    env.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with --plan: recipe=NAME, and any value of it")
+    _add_shared(env)
     return parser
 
 

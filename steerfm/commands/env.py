@@ -1,4 +1,5 @@
-"""`steerfm env`: what this machine and this installation are, to be pasted into a question."""
+"""`steerfm env`: what this machine and this installation are, to be pasted into a question; with --plan, what a recipe
+would hold in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from steerfm.errors import ConfigError
 from steerfm.report.wandb import resolve_mode
 
 PACKAGES = (
@@ -21,11 +23,28 @@ PACKAGES = (
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print versions, devices, cores, memory and W&B's mode."""
+    """Print versions, devices, cores, memory and W&B's mode; or the plan of a recipe."""
+    if arguments.plan:
+        return _plan(arguments)
+    if arguments.overrides:
+        raise ConfigError(f"'{arguments.overrides[0]}' is a value of a recipe: steerfm env --plan recipe=NAME.")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in facts():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Print what a recipe would hold in memory at most; nothing is downloaded."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client as it is imported
+    from steerfm import config
+    from steerfm.commands import plan
+
+    overrides = arguments.overrides
+    command = config.preview(overrides, folders=arguments.recipes).get("command")
+    recipe = config.compose(str(command), overrides, folders=arguments.recipes, trusted=arguments.trust)
+    plan.show(recipe, plan.plan(recipe), Console(highlight=False))
     return 0
 
 
