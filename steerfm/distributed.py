@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from steerfm.types import Values
@@ -36,6 +37,64 @@ def gather(values: Tensor) -> Tensor:
     rows = [torch.empty_like(padded) for _ in range(count)]
     dist.all_gather(rows, padded)
     return torch.cat([row[: int(size)] for row, size in zip(rows, sizes, strict=True)])
+
+
+def of_rank_zero(numbers: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
+    """Return the whole numbers that rank zero calls it with; every process must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(numbers)
+    return gather(torch.tensor(numbers if world()[0] == 0 else [], dtype=torch.long, device=device)).tolist()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is shared out (FSDP2) as a whole, others as they are; every process must ask for it."""
+    if world()[1] == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor  # takes a second
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a whole tensor on the device of another, and shared out where that is; every process must ask for it."""
+    if world()[1] > 1:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
+            return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+    return tensor.to(other.device)
+
+
+def share_out(network: nn.Module, mesh: Any) -> nn.Module:
+    """Share out a network's parameters over the processes of a mesh (FSDP2), in place; return a copy without weights.
+
+    Blocks, which are the members of its lists of modules, are gathered one at a time, for as long as each is used.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in network.parameters()}
+    plain = copy.deepcopy(network, empty)
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    object.__setattr__(network, "_orig_mod", plain)  # what a description is made of, as for a compiled network
+    return plain
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules with parameters that stand in lists of modules."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            if any(True for _ in child.parameters()):
+                yield child
+        else:
+            yield from blocks(child)
+
+
+def wait() -> None:
+    """Return once every process has come here."""
+    if world()[1] > 1:
+        dist.barrier()
 
 
 def gather_particles(values: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _row(batch: Samples, i: int, index: int) -> dict[str, Any]:
             None if batch.effective_sample_size is None else batch.effective_sample_size[i].item()
         ),
         "cost": asdict(batch.cost),
-        "image": _image_name(index) if _has_pictures(batch) else None,
+        "image": _image_name(index) if has_pictures(batch) else None,
     }
 
 
@@ -89,12 +89,20 @@ def _log_weight(batch: Samples, i: int) -> float | None:
     return batch.log_weights[i, int(apart.argmin())].item()
 
 
+def log_weights(batch: Samples) -> Tensor | None:
+    """Return the log-weight of every sample's particle, (B, 1), or None where one of them is not known."""
+    values = [_log_weight(batch, i) for i in range(len(batch))]
+    if any(value is None for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
 def pictures(batches: Sequence[Samples]) -> Iterator[tuple[str, bytes]]:
     """Yield the file name and PNG of every sample that has a picture."""
     index = 0
     for batch in batches:
         for i in range(len(batch)):
-            if _has_pictures(batch):
+            if has_pictures(batch):
                 yield _image_name(index), images.encode_png(batch.images[i].detach().float().cpu())
             index += 1
 
@@ -146,14 +154,14 @@ def read_tensor(path: Path) -> Tensor:
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of samples.jsonl, and a warning if the last line was cut off."""
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        texts = files.read_text(path, errors="replace").removesuffix("\n").split("\n")
     except OSError as error:
         raise files.damaged(path, error) from error
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:
             rows.append(_checked_row(json.loads(text), len(rows)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(texts) and rows:
                 return rows, [f"The last line of {path} is cut off: one sample is left out."]
             raise files.damaged(path, f"line {number}: {error}") from error
@@ -168,11 +176,13 @@ def _checked_row(row: Any, place: int) -> dict[str, Any]:
         raise TypeError("not a sample with a prompt and a seed")
     defaults = {"index": place, "reward": None, "parts": {}, "held_out": {}, "cost": {}, "image": None}
     whole = {**defaults, **{key: value for key, value in row.items() if value is not None}}
-    numbers = [whole["index"], whole["seed"], whole["reward"]]
+    numbers = [whole["reward"]]
     for group in ("parts", "held_out", "cost"):
         numbers += list(whole[group].values()) if isinstance(whole[group], dict) else [group]
-    if not isinstance(whole["prompt"], str) or not all(isinstance(n, (int, float, type(None))) for n in numbers):
+    if not isinstance(whole.get("prompt"), str) or not all(n is None or files.is_number(n) for n in numbers):
         raise TypeError("the prompt is no text, or a value is no number")
+    if not all(type(whole.get(key)) is int for key in ("index", "seed")) or whole["index"] < 0:
+        raise TypeError("the index or the seed is no whole number")
     return whole
 
 
@@ -181,7 +191,8 @@ def _check_length(name: str, values: Tensor, expected: int) -> None:
         raise RunError(f"held_out '{name}' needs one value a sample, shape ({expected},), got {tuple(values.shape)}.")
 
 
-def _has_pictures(batch: Samples) -> bool:
+def has_pictures(batch: Samples) -> bool:
+    """Say whether samples are pictures, not points."""
     return batch.images.ndim == 4 and batch.images.shape[1] in (1, 3)
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from steerfm.distributed import like, whole
 from steerfm.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ class EMA(Callback):
         return "EMA"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
+        return {"average": {name: whole(tensor) for name, tensor in self.average.items()}, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.updates = state_dict["average"], state_dict["updates"]
@@ -45,7 +46,13 @@ class EMA(Callback):
         if afresh or set(self.average) != set(trainable):
             self.average = {name: _precise(p.detach().clone()) for name, p in trainable.items()}
             self.updates = 0
-        self.average = {name: tensor.to(trainable[name].device) for name, tensor in self.average.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainable = dict(_trainable(pl_module))
+        self.average = {name: like(tensor, trainable[name]) for name, tensor in self.average.items()}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.average = {name: whole(tensor) for name, tensor in self.average.items()}
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
-from torch import distributed as dist
 
 from steerfm import images
 from steerfm.commands import common, loggers
+from steerfm.commands.sample_parts import SampleParts
 from steerfm.config import Composed
-from steerfm.distributed import world
+from steerfm.data import PromptSeeds
+from steerfm.errors import ConfigError
 from steerfm.modules import SteeredSampling
 from steerfm.runs import Run, is_main_process
 from steerfm.steering import Budget, Progress, Watch
@@ -34,18 +35,24 @@ def run(arguments: argparse.Namespace, command: str) -> int:
 def generate(recipe: Composed) -> Path:
     """Sample a composed recipe in its run folder and return the folder.
 
-    Rewards given to a plain sampler only score; held-out rewards never steer. An interrupted run starts its
-    sampling again, with the same seeds and so the same pictures.
+    Rewards given to a plain sampler only score; held-out rewards never steer. An interrupted run keeps the batches
+    that it has and goes on with the others, on any number of processes.
     """
     with common.running(recipe) as run, loggers.opened(recipe, run) as logger:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
         held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         reference = recipe.build("reference")
         module = SteeredSampling(flow_map, method, reward, held_out, _watch(recipe, logger))
+        parts = SampleParts(run.folder / "parts")
         with common.interruptible(run):
-            batches = _predict(recipe, run, module)
-        _keep(run, batches, reference)
-        run.finish(_means(batches))
+            count = _predict(recipe, run, module, parts)
+        means = None
+        if is_main_process():
+            batches = parts.joined(count)
+            _keep(run, batches, reference)
+            parts.remove()
+            means = _means(batches)
+        run.finish(means)
     return run.folder
 
 
@@ -92,23 +99,16 @@ def trace_sheet(look_aheads: Tensor, columns: int = 12) -> Tensor:
     return images.grid(look_aheads[:, chosen].flatten(0, 1), columns)
 
 
-def _predict(recipe: Composed, run: Run, module: SteeredSampling) -> list[Samples]:
-    """Return the samples of all batches, of all processes, in the order of the (prompt, seed) pairs."""
+def _predict(recipe: Composed, run: Run, module: SteeredSampling, parts: SampleParts) -> int:
+    """Write the samples of all pairs that are not there yet, each process its own; return the number of pairs."""
     data = recipe.build("data")
-    callbacks = common.callbacks(recipe, len(data.predict_dataloader()))
+    if not isinstance(data, PromptSeeds):
+        raise ConfigError(f"Samples are drawn for PromptSeeds, got {type(data).__name__}: derive it from that class.")
+    data.done = parts.done
+    callbacks = [*common.callbacks(recipe, len(data.predict_dataloader())), parts]
     trainer = common.trainer(recipe, run, callbacks=callbacks, logger=False, enable_checkpointing=False)
-    batches = trainer.predict(module, data) or []
-    return _from_all_processes([batch for batch in batches if isinstance(batch, Samples)])
-
-
-def _from_all_processes(batches: list[Samples]) -> list[Samples]:
-    """Return the batches of every process, in rank order, which is that of the pairs."""
-    _, count = world()
-    if count == 1:
-        return batches
-    found: list[Any] = [None] * count
-    dist.all_gather_object(found, batches)
-    return [batch for part in found for batch in part]
+    trainer.predict(module, data, return_predictions=False)
+    return len(data.pairs)
 
 
 def _keep(run: Run, batches: Sequence[Samples], reference: Tensor | None) -> None:

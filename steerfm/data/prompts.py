@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from torch.utils.data import DataLoader
 
 from steerfm.data.batches import StepBatches, StepDataModule, epoch_indices, own_rows
-from steerfm.distributed import shard
+from steerfm.distributed import of_rank_zero, shard
 from steerfm.errors import ConfigError, DataError
 
 
@@ -70,7 +71,8 @@ class Prompts(StepDataModule):
 class PromptSeeds(lightning.LightningDataModule):
     """Batches {"prompt", "seed"} for Trainer.predict: every prompt with every seed, divided over the processes.
 
-    seeds: a list, or a number n for 0 .. n-1. batch_size: pairs a batch; it changes nothing but memory.
+    seeds: a list, or a number n for 0 .. n-1. batch_size: pairs a batch; it changes nothing but memory. "index" holds
+    the numbers of a batch's pairs; those of `done()`, asked on rank zero, are left out.
     """
 
     def __init__(
@@ -85,12 +87,18 @@ class PromptSeeds(lightning.LightningDataModule):
             raise ConfigError(f"Sampling needs at least one seed, got {seeds}.")
         self.pairs = [(prompt, seed) for prompt in read_prompts(prompts) for seed in numbers]
         self.batch_size = batch_size
+        self.done: Callable[[], Collection[int]] = tuple
 
     def predict_dataloader(self) -> DataLoader:
-        own = shard(self.pairs)
+        done = set(of_rank_zero(sorted(self.done()), self._device()))
+        own = shard([number for number in range(len(self.pairs)) if number not in done])
         batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
 
         def make(step: int) -> dict[str, Any]:
-            return {"prompt": [p for p, _ in batches[step]], "seed": [s for _, s in batches[step]]}
+            pairs = [self.pairs[number] for number in batches[step]]
+            return {"prompt": [p for p, _ in pairs], "seed": [s for _, s in pairs], "index": batches[step]}
 
         return DataLoader(StepBatches(make, len(batches)), batch_size=None)
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
