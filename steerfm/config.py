@@ -361,6 +361,10 @@ def _compose(overrides: Sequence[str]) -> Any:
             f"A file of the recipe is no YAML ({' '.join(str(error).split())}): mend it there; a text that holds ': ' "
             "needs quotes."
         ) from error
+    except Exception as error:  # what a damaged recipe makes Hydra raise is anybody's guess
+        raise ConfigError(
+            f"The recipe does not compose ({type(error).__name__}): {' '.join(str(error).split())}"
+        ) from error
 
 
 def _checked_line(override: Override, base: Any, trusted: Sequence[str]) -> str:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 4000  # characters of a sentence, which may repeat what a stranger wrote
+
 
 class SteerfmError(Exception):
-    """Say what was wrong, what was got, and what to do; the CLI prints it as one sentence without a traceback."""
+    """Say what was wrong, what was got, and what to do; the CLI prints it as one sentence without a traceback.
+
+    What it repeats from outside comes out on one line, without anything that a terminal would obey.
+    """
+
+    def __str__(self) -> str:
+        line = "".join(each if each.isprintable() else " " for each in super().__str__())
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class RewardError(SteerfmError):

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import socket
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +26,8 @@ except ImportError:  # Windows has no fcntl; folders are not locked there
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+MOST_BYTES = 2**31  # of a text
+LARGEST = sys.float_info.max
 MOST_LEVELS = 100  # of YAML, one inside the other
 MOST_NODES = 1_000_000  # of YAML, with every alias written out
 _held: dict[Path, int] = {}  # the folders that this process holds, and the open lock file of each
@@ -84,10 +88,18 @@ def cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(f"Cannot write {path} ({error.strerror or error}): {fix}.")
 
 
+def read_text(path: Path, errors: str = "strict") -> str:
+    """Return the text of a file. Raises OSError also for a pipe or a device, which may never end, and a huge file."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+        raise OSError(errno.EINVAL, f"it is no file of at most {MOST_BYTES} bytes")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; RunError if it is missing, unreadable or something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(data, dict):
@@ -98,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in `path`, of what JSON has too; RunError if it is missing, unreadable or something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         check_yaml(text)
         data = yaml.safe_load(text)
         json.dumps(data)
@@ -107,6 +119,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict | None):
         raise damaged(path, "it holds no mapping")
     return data or {}
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value that was read is a finite number that fits a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def check_yaml(text: str) -> None:

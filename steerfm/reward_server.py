@@ -244,6 +244,8 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     declared_length = request.headers.get("Content-Length")
     if declared_length is None and "Transfer-Encoding" not in request.headers:
         raise Refused("A request to score has a body and says how long it is.", 411)
+    if not (declared_length or "0").isdecimal():
+        raise Refused("The Content-Length is a number of bytes.")
     large = Refused(f"A request has at most {limit} bytes: send fewer pictures at once.", 413)
     if int(declared_length or 0) > limit:
         raise large

@@ -378,9 +378,14 @@ def _read_info(folder: Path) -> RunInfo:
     data = files.read_json(path)
     known = {f.name for f in dataclasses.fields(RunInfo)}
     try:
-        return RunInfo(**{key: value for key, value in data.items() if key in known})
+        info = RunInfo(**{key: value for key, value in data.items() if key in known})
     except TypeError as error:
         raise files.damaged(path, error) from error
+    for each in dataclasses.fields(RunInfo):
+        value, plain = getattr(info, each.name), dict if str(each.type).startswith("dict") else str
+        if not (files.is_number(value) if each.name == "seconds" else isinstance(value, plain)):
+            raise files.damaged(path, f"its {each.name} is {value!r}"[:200])
+    return info
 
 
 def _now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from steerfm.building import build, describe
 from steerfm.conditions.guidance import EVERYWHERE
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace)
+SLACK = 2**26  # elements that a map may make beyond its weights
+LEAST = 2**12  # elements that any tensor counts for, since each has a module around it
 JSON_NAME, WEIGHTS_NAME = "flow_map.json", "flow_map.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -98,7 +103,8 @@ def load_flow_map(
         description, tensors, taken = _read_checkpoint(path, weights)
     else:
         raise CheckpointError(f"There is no flow map at {path}: give a saved map's folder, a run, or a .ckpt file.")
-    flow_map = _rebuild(cls, description, network, path, trusted)
+    with contextlib.nullcontext() if _names_pretrained(description) else _Bounded(tensors):
+        flow_map = _rebuild(cls, description, network, path, trusted)
     _fill(flow_map, tensors, path)
     flow_map.weights = taken
     log.info("Loaded the %s weights of %s", taken, path)
@@ -112,7 +118,7 @@ def _read_folder(folder: Path, asked: Path, weights: str | None) -> tuple[Any, d
         saved = json.loads((folder / JSON_NAME).read_text())
         description, taken, version = dict(saved["flow_map"]), saved["weights"], int(saved["format"])
         dtype = DTYPES[saved["dtype"]] if "dtype" in saved else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / JSON_NAME} is damaged ({error!r}): save the map again.") from error
     if version > FORMAT:
         raise CheckpointError(f"{folder / JSON_NAME} was written by a newer steerfm: upgrade steerfm to load it.")
@@ -171,6 +177,33 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+class _Bounded(TorchFunctionMode):
+    """Refuse, in its block, to make parameters far larger than the weights that they are to take.
+
+    A description is a few numbers, and one digit too many would fill the memory before the weights are looked at.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.left = SLACK + 4 * sum(tensor.numel() for tensor in tensors.values())
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in MAKERS:
+            self.left -= max(func(*args, **{**given, "device": "meta"}).numel(), LEAST)
+            if self.left < 0:
+                raise CheckpointError("it describes a map that is far larger than its weights")
+        return func(*args, **given)
+
+
+def _names_pretrained(description: Any) -> bool:
+    """Say whether a map has parts with files of their own, of any size: of a pipeline, or a frozen text encoder."""
+    text = str(description)
+    return "steerfm.backbones." in text or "steerfm.conditions.text_embeddings." in text
+
+
 def _rebuild(
     cls: type[FlowMap], description: Mapping[str, Any], network: nn.Module | None, path: Path, trusted: Sequence[str]
 ) -> FlowMap:
@@ -194,7 +227,7 @@ def _rebuild(
 def _fill(flow_map: FlowMap, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load the weights, in the floating type they were saved in where it is one; LoRA's additions have their own."""
     types = {t.dtype for name, t in tensors.items() if t.is_floating_point() and ".lora_" not in name}
-    if len(types) == 1:
+    if len(types) == 1 and not any(name.endswith(".left_out") for name in tensors):  # those are read in their own type
         flow_map.to(types.pop())
     try:
         flow_map.load_state_dict(dict(tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -60,8 +61,9 @@ def one_line(text: str) -> str:
 
 def _given(folder: Path, how: str) -> Path:
     for path in (Path(how), folder / how):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError, ValueError):  # no name of a file at all
+            if path.is_file():
+                return path
     raise DataError(
         f"There is no table of captions at {how}, nor in {folder}: captions is auto, names, none, or the path of a "
         ".jsonl or .csv file."
@@ -129,7 +131,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is no JSON ({error}): correct it; each line is one object.") from error
     if not isinstance(row, dict):
         raise DataError(f'{place} is no JSON object: write {{"file_name": "a.png", "text": "a red circle"}}.')
@@ -139,7 +141,7 @@ def _object(line: str, place: str) -> dict[str, Any]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before UTF-8
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"The captions in {path} cannot be read ({error}): give a text file in UTF-8.") from error
 
 

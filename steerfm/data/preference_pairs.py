@@ -214,7 +214,7 @@ def read_pairs(file: Path) -> tuple[list[str], list[Pair]]:
         if wrong:
             raise DataError(f"{place} has {texts[wrong]!r} as its {wrong}: write a text in quotes.")
         for key in KEYS[:2]:
-            if not (file.parent / texts[key]).is_file():
+            if not _is_file(file.parent / texts[key]):
                 raise DataError(
                     f"{place} names {key} {texts[key]}, which is no file: paths are relative to {file.parent}."
                 )
@@ -225,6 +225,13 @@ def read_pairs(file: Path) -> tuple[list[str], list[Pair]]:
     if not pairs:
         raise DataError(f"{file} holds no pairs: write one a line, with {', '.join(KEYS)}.")
     return list(numbers), pairs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name of a file at all
+        return False
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -239,7 +246,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is no JSON ({error}): correct it; each line is one object.") from error
         if not isinstance(row, dict):
             raise DataError(f"{place} is no JSON object: write one with {', '.join(KEYS)}.")

@@ -25,7 +25,7 @@ def read_prompts(prompts: str | os.PathLike[str] | Sequence[str]) -> list[str]:
         path = Path(prompts)
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"The prompts in {path} cannot be read ({error}): give a text file, one a line.") from error
         prompts = [line for line in lines if line]
     if not prompts:

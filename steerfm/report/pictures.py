@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from steerfm.report.compare import Comparison
-from steerfm.report.sources import Source
+from steerfm.report.sources import FORMATS, UNREADABLE, Source
 
+MOST_PIXELS = 2**26
 TINY_SIDE = 64  # pictures up to this size are enlarged with their pixels visible
 MOST_PROMPTS = 8
 MOST_SEEDS = 12
@@ -57,9 +58,11 @@ def read_picture(path: Path | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                return None
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
 
 

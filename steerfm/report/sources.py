@@ -6,6 +6,8 @@ import dataclasses
 import glob
 import math
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from steerfm.errors import RunError, nearest
+from steerfm.files import is_number
 from steerfm.records import StoredSamples
 from steerfm.report.remote import PREFIX, fetched
 from steerfm.runs import Run, RunInfo
 
+FORMATS = ("PNG",)  # what runs write; others may start another program, as EPS does
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 COSTS = ("network_calls", "reward_calls", "reward_gradients", "seconds")
 JOINER = "\u200d"  # of emoji
 DIVERGENCE = "monitor/divergence"  # what modules/reward_fine_tuning.py logs
@@ -199,8 +204,11 @@ def _holds_pixels(samples: StoredSamples, x0: Tensor) -> bool:
     picture = next((path for i in range(len(samples)) if (path := samples.picture(i)) is not None), None)
     if picture is None or x0.ndim != 4 or x0.shape[1] not in (1, 3):
         return False
-    with Image.open(picture) as image:
-        return image.size == (x0.shape[3], x0.shape[2])
+    try:
+        with Image.open(picture, formats=FORMATS) as image:
+            return image.size == (x0.shape[3], x0.shape[2])
+    except UNREADABLE:
+        return False
 
 
 def _chain(run: Run, root: str | Path, depth: int = 8) -> list[Run]:
@@ -251,7 +259,7 @@ def _find_number(config: Any, key: str) -> float | None:
     while level:
         for place in level:
             value = place.get(key) if isinstance(place, dict) else None
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if is_number(value):
                 return float(value)
         level = [item for place in level if isinstance(place, dict) for item in place.values()]
     return None

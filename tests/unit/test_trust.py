@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from steerfm import config
+from steerfm import MLP, FlowMap, config
 from steerfm.building import build, resolve
-from steerfm.errors import ConfigError, SteerfmError, TrustError
+from steerfm.data.captions import read_captions
+from steerfm.data.preference_pairs import read_pairs
+from steerfm.data.prompts import read_prompts
+from steerfm.errors import CheckpointError, ConfigError, DataError, RunError, SteerfmError, TrustError
+from steerfm.files import read_json, read_yaml
+from steerfm.report.pictures import read_picture
+from steerfm.report.sources import load
 
 
 def composed(text: str, *overrides: str) -> config.Composed:
@@ -148,3 +154,108 @@ def test_a_map_may_only_name_what_describe_writes(workplace: Path, description: 
     with pytest.raises(TrustError, match="is no part of a map"):
         build(json.loads(json.dumps({"_target_": "steerfm.MLP", "data_shape": description})))
     assert not os.listdir(workplace)
+
+
+def test_an_error_is_one_line_that_a_terminal_does_not_obey():
+    text = str(SteerfmError("a\nb\x1b[2J" + "x" * 10_000))
+    assert text.isprintable()
+    assert text.startswith("a b [2J")
+    assert len(text) < 4100
+
+
+# --- what the fuzzing found -----------------------------------------------------------------------------------
+
+
+DEEP = "[" * 100_000
+
+
+def test_what_is_no_name_of_a_file_is_refused(workplace: Path):
+    for name in ("a\0b", "x" * 500):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_prompts(name)
+        with pytest.raises(DataError, match="no table of captions"):
+            read_captions(workplace, ["a.png"], ["a.png"], name)
+        row = {"image_a": name, "image_b": "b.png", "prompt": "", "preferred": "a"}
+        (workplace / "pairs.jsonl").write_text(json.dumps(row))
+        with pytest.raises(DataError, match="which is no file"):
+            read_pairs(workplace / "pairs.jsonl")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(workplace: Path):
+    (workplace / "metadata.jsonl").write_text(DEEP)
+    with pytest.raises(DataError, match="no JSON"):
+        read_captions(workplace, ["metadata.jsonl"], ["a.png"], "auto")
+    with pytest.raises(DataError, match="no JSON"):
+        read_pairs(workplace / "metadata.jsonl")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(workplace / "metadata.jsonl")
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "- a", "a: 2020-01-01", "a: !!python/name:os.system", DEEP, "\0"])
+def test_a_runs_config_is_plain_or_refused(workplace: Path, text: str):
+    (workplace / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_yaml(workplace / "config.yaml")
+
+
+def test_a_pipe_or_a_device_is_no_text(workplace: Path):
+    os.mkfifo(workplace / "run.json")
+    (workplace / "config.yaml").symlink_to("/dev/zero")
+    with pytest.raises(RunError, match="it is no file"):
+        read_json(workplace / "run.json")
+    with pytest.raises(RunError, match="it is no file"):
+        read_yaml(workplace / "config.yaml")
+
+
+def finished(root: Path) -> Path:
+    """Return the folder of a finished run of one picture."""
+    from made_runs import make_run
+
+    return make_run(root, "base", name="base", count=2).folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": {}}, {"label": ["a"]}, {"status": {"a": 1}}, {"seconds": "x"}, {"inputs": ["a"]}, {"seconds": 10**400}],
+)
+def test_a_run_that_says_something_else_of_itself_is_damaged(workplace: Path, change: dict[str, object]):
+    folder = finished(workplace)
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | change))
+    with pytest.raises(RunError, match=rf"its {next(iter(change))} is"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"index": -1}, {"index": 0.5}, {"index": True}, {"seed": "x"}, {"seed": None}, {"reward": 10**400},
+     {"parts": {"clip": float("nan")}}, {"cost": {"seconds": True}}],
+)  # fmt: skip
+def test_a_sample_of_no_sense_is_damage(workplace: Path, change: dict[str, object]):
+    folder = finished(workplace)
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows[0] |= change
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunError, match="line 1"):
+        load(folder)
+
+
+def test_a_picture_of_a_run_is_png_or_is_not_read(workplace: Path):
+    """Pillow starts Ghostscript for EPS, whatever the file's name."""
+    folder = finished(workplace)
+    picture = folder / "images" / "000000.png"
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    assert read_picture(picture) is None
+    assert load(folder).x0 is not None
+    picture.write_bytes(b"\x89PNG\r\n")
+    assert load(folder).x0 is not None
+
+
+def test_a_map_far_larger_than_its_weights_is_refused(workplace: Path):
+    folder = FlowMap(MLP((2,), width=4, depth=1)).save(workplace / "map")
+    described = json.loads((folder / "flow_map.json").read_text())
+    for change in ({"width": 10**6}, {"depth": 10**7}):
+        described["flow_map"]["network"] |= change
+        (folder / "flow_map.json").write_text(json.dumps(described))
+        with pytest.raises(CheckpointError, match="far larger than its weights"):
+            FlowMap.load(folder)
