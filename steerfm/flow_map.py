@@ -215,6 +215,15 @@ class FlowMap(nn.Module):
         view.guidance_scale, view.guidance_interval = scale, checked_interval(interval)
         return view
 
+    def requires_grad_(self, requires_grad: bool = True) -> FlowMap:
+        """Let all weights train, or none. Raises ConfigError where they are quantised."""
+        if requires_grad and declared(self.network, "quantised"):
+            raise ConfigError(
+                "Quantised weights cannot be trained: train low-rank additions, LoRA(16)(flow_map), adapter=lora in a "
+                "recipe, or load the pipeline without quantised."
+            )
+        return super().requires_grad_(requires_grad)
+
     def frozen_copy(self) -> FlowMap:
         """Return a copy whose weights are its own and take no gradient: a reference or a teacher."""
         return copy.deepcopy(self).eval().requires_grad_(False)
@@ -250,7 +259,9 @@ class FlowMap(nn.Module):
         text_files: str | os.PathLike[str] | None = None,
         tiling: bool = False,
         slicing: bool = False,
+        offload: bool = False,
         checkpointing: bool = False,
+        quantised: Literal["int8"] | None = None,
     ) -> FlowMap:
         """Load a pipeline in diffusers' layout, by folder or hub id, or a map that steerfm saved; docs/pretrained.md.
 
@@ -259,10 +270,11 @@ class FlowMap(nn.Module):
         models that learnt guidance are told it. negative_prompt: the null condition. dtype: of its weights; states are
         float32. revision: on the hub; the commit that was found is kept. variant: of the weights, such as "fp16".
         text_length: the most tokens of a long prompt; text_device: where prompts are read; text_files: a folder that
-        keeps what they were read as, so that encoders are not loaded again. tiling, slicing: of decoding;
-        checkpointing: of the network's backward pass. Of a map that steerfm saved guidance_scale, text_files and
-        checkpointing can be set. No pickle is read and no code that comes with a model is run. Raises CheckpointError
-        for missing, gated or damaged files, ConfigError for an unknown pipeline or an option that a saved map has not.
+        keeps what they were read as, so that encoders are not loaded again. tiling, slicing: of decoding; offload: the
+        autoencoder rests in the CPU's memory. checkpointing: of the network's backward pass. quantised: "int8" holds
+        the network in 8 bits, for LoRA on top. Of a map that steerfm saved guidance_scale, text_files and checkpointing
+        can be set. No pickle is read and no code that comes with a model is run. Raises CheckpointError for missing,
+        gated or damaged files, ConfigError for an unknown pipeline or an option that a saved map has not.
         """
         from steerfm.backbones.diffusers import is_saved_map, load_pipeline, opened
         from steerfm.backbones.pipeline_files import PipelineFiles
@@ -281,6 +293,8 @@ class FlowMap(nn.Module):
             "text_device": text_device,
             "tiling": tiling,
             "slicing": slicing,
+            "offload": offload,
+            "quantised": quantised,
         }
         if is_saved_map(source):
             files: dict[str, Any] = {"dtype": dtype != "float32", "revision": revision, "variant": variant}

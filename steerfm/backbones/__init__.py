@@ -2,7 +2,7 @@
 
 from steerfm.backbones.base_teacher import LoRABase
 from steerfm.backbones.chosen_layers import ChosenLayers
-from steerfm.backbones.diffusers import encoders, scheduler_times
+from steerfm.backbones.diffusers import encoders, scheduler_times, unquantised
 from steerfm.backbones.export import export_diffusers
 from steerfm.backbones.lora import LoRA, merged, with_scale, without_lora
 from steerfm.backbones.lora_files import load_adapter, save_adapter
@@ -20,6 +20,7 @@ __all__ = [
     "save_adapter",
     "scheduler_times",
     "two_times",
+    "unquantised",
     "with_scale",
     "without_lora",
 ]

@@ -20,10 +20,12 @@ from steerfm.backbones.conversions import Kind, grid_of
 from steerfm.backbones.families import family_of, usual_guidance
 from steerfm.backbones.pipeline_codec import PipelineCodec
 from steerfm.backbones.pipeline_files import PipelineFiles, library
-from steerfm.backbones.pipeline_network import PipelineNetwork, picture_size, vae_scale
+from steerfm.backbones.pipeline_network import PipelineNetwork, Quantised, picture_size, vae_scale
 from steerfm.backbones.pipeline_prompts import PipelinePrompts
+from steerfm.building import build
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, declared
+from steerfm.saving import describe_flow_map
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,9 @@ def load_pipeline(
     text_files: str | os.PathLike[str] | None = None,
     tiling: bool = False,
     slicing: bool = False,
+    offload: bool = False,
     checkpointing: bool = False,
+    quantised: Quantised | None = None,
 ) -> FlowMap:
     """Return a pipeline as a flow map; see `FlowMap.from_pretrained`."""
     files = files.pinned()
@@ -49,7 +53,7 @@ def load_pipeline(
     family = family_of(index)
     texts = [name for name in family.texts if name not in family.optional or files.has(name)]
     files.check(("scheduler", family.network, "vae", *texts, *(family.texts[name] for name in texts)))
-    network = PipelineNetwork(files, kind, size, checkpointing)
+    network = PipelineNetwork(files, kind, size, checkpointing, quantised)
     if guidance_scale is None:
         guided = network.guidance_input or (family.free and not network.partial)
         guidance_scale = usual_guidance(getattr(library("diffusers"), index["_class_name"])) if guided else 1.0
@@ -59,7 +63,7 @@ def load_pipeline(
         conditioner=PipelinePrompts(
             files, negative_prompt, text_length, text_device, None if text_files is None else os.fspath(text_files)
         ),
-        codec=PipelineCodec(files, tiling, slicing),
+        codec=PipelineCodec(files, tiling, slicing, offload),
         guidance_scale=guidance_scale,
     )
     what = "partial map, which knows jumps to data alone" if network.partial else "velocity"
@@ -91,6 +95,24 @@ def opened(
     if checkpointing and model is not None:
         model.enable_gradient_checkpointing()
     return flow_map
+
+
+def unquantised(flow_map: FlowMap) -> FlowMap:
+    """Return the map on its base in full precision, with the same additions; it is read anew if it was quantised."""
+    if not declared(flow_map.network, "quantised"):
+        return flow_map
+    found = build(_without(describe_flow_map(flow_map), "quantised"))
+    found.load_state_dict(flow_map.state_dict())
+    return found.to(flow_map.device).train(flow_map.training)
+
+
+def _without(description: Any, key: str) -> Any:
+    """Return a description without an argument, wherever it stands."""
+    if isinstance(description, list):
+        return [_without(each, key) for each in description]
+    if isinstance(description, dict):
+        return {name: _without(each, key) for name, each in description.items() if name != key}
+    return description
 
 
 class Encoders(NamedTuple):

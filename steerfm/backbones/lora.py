@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from steerfm.backbones.names import matching
 from steerfm.building import remembered
 from steerfm.errors import ConfigError, missing_package
-from steerfm.flow_map import FlowMap
+from steerfm.flow_map import FlowMap, declared
 from steerfm.networks.sharing import copy_around
 from steerfm.types import Condition, State, Times
 
@@ -136,6 +137,10 @@ class LoRANetwork(nn.Module):
 def merged(flow_map: FlowMap) -> FlowMap:
     """Return a map of the same outputs, up to rounding, whose layers hold weight and addition in one; without peft."""
     added = lora_of(flow_map)
+    if declared(added, "quantised"):
+        raise ConfigError(
+            "A quantised base cannot take its additions in: merge steerfm.backbones.unquantised(flow_map)."
+        )
     plain = copy.deepcopy(without_lora(flow_map)).requires_grad_(True)
     with torch.no_grad():
         for name, layer in added.layers().items():
@@ -195,6 +200,7 @@ def _inject(network: nn.Module, rank: int, alpha: float, names: Sequence[str]) -
     except ModuleNotFoundError as error:
         raise missing_package("peft", "diffusers", "LoRA") from error
     exactly = "|".join(re.escape(name) for name in names)  # a list would match the ends of names
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # its merge is not ours
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly)  # type: ignore[arg-type]
         inject_adapter_in_model(config, network, NAME)

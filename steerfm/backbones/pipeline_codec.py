@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steerfm import images
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.building import remembered
+from steerfm.networks.sharing import called_on
 from steerfm.types import State
 
 
@@ -19,28 +20,39 @@ class PipelineCodec(nn.Module):
 
     Latents are (z - shift) scale of the autoencoder's z, or (z - mean) scale / std where its settings hold these.
     tiling: decode large pictures tile by tile, whose seams are blended. slicing: decode one picture after the other.
+    offload: keep the autoencoder in the CPU's memory, and copy it to the latents' device for each use.
 
     The autoencoder is loaded at first use and stands outside the module tree: it is frozen, and neither trained, saved
     nor copied with the map; it follows the latents to their device. What it decodes for a gradient is worked out again
     in the backward pass (`steerfm.sampling.decoded`). It works in float32 where float16 is known to overflow.
     """
 
-    def __init__(self, files: PipelineFiles, tiling: bool = False, slicing: bool = False) -> None:
+    def __init__(
+        self, files: PipelineFiles, tiling: bool = False, slicing: bool = False, offload: bool = False
+    ) -> None:
         super().__init__()
-        self._holder = _Holder(files, tiling, slicing)
+        self._holder, self.offload = _Holder(files, tiling, slicing), offload
 
     def decode(self, x: State) -> Tensor:
         """Return pictures in [0, 1], float32, clamped with gradients passing straight through."""
-        vae = self._holder.on(x.device)
-        decoded = vae.decode(self._raw(x.float(), vae.config).to(vae.dtype), return_dict=False)[0]
+        vae = self._vae(x)
+        decoded = self._run(vae, "decode", self._raw(x.float(), vae.config).to(vae.dtype), return_dict=False)[0]
         return images.clamp(images.to_unit(decoded.float()))
 
     def encode(self, pictures: Tensor) -> State:
         """Return the latents of pictures in [0, 1], the mean where the autoencoder has a law of them; float32."""
-        vae = self._holder.on(pictures.device)
-        encoded = vae.encode(images.to_model(pictures).to(vae.dtype))
+        vae = self._vae(pictures)
+        encoded = self._run(vae, "encode", images.to_model(pictures).to(vae.dtype))
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return self._model(raw.float(), vae.config)
+
+    def _vae(self, like: Tensor) -> Any:
+        return self._holder.on(torch.device("cpu") if self.offload else like.device)
+
+    def _run(self, vae: Any, method: str, x: Tensor, **options: Any) -> Any:
+        if self.offload:
+            return called_on(x.device, vae, method, x, **options)
+        return getattr(vae, method)(x, **options)
 
     def _raw(self, x: Tensor, config: Any) -> Tensor:
         mean, std = _affine(x, config)

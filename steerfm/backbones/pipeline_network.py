@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from steerfm.backbones.conversions import Kind, conversion_of, kind_of
 from steerfm.backbones.families import family_of
+from steerfm.backbones.left_out import LeftOut, digests_of
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.building import remembered
 from steerfm.conditions.guidance import SCALE
-from steerfm.errors import ConfigError
+from steerfm.errors import ConfigError, missing_package
 from steerfm.types import Condition, State, Times
+
+Quantised = Literal["int8"]
 
 
 @remembered
@@ -24,8 +27,10 @@ class PipelineNetwork(nn.Module):
     files: where it lies. kind: "velocity" answers with v(x, s) whatever t is, so that jumps are Euler steps; "partial"
     knows u(x, s, 0) alone, and raises ConfigError for any other t; None reads it off the scheduler. size: of pictures
     in pixels, one number or (height, width); the pipeline's own where nothing is said. checkpointing: keep the inputs
-    of its blocks alone for the backward pass. States and times are float32 whatever the type of its weights is: a time
-    of 8 bits is another training step. Its weights take gradients; a saved map holds them, and reads the rest anew.
+    of its blocks alone for the backward pass. quantised: "int8" holds the weights of linear layers in 8 bits, frozen,
+    for LoRA on top, by torchao. States and times are float32 whatever the type of its weights is: a time of 8 bits is
+    another training step. Its weights take gradients; a saved map holds those that are not as they were published,
+    and reads the rest anew.
     """
 
     state_dtype = torch.float32
@@ -36,8 +41,11 @@ class PipelineNetwork(nn.Module):
         kind: Kind | None = None,
         size: int | Sequence[int] | None = None,
         checkpointing: bool = False,
+        quantised: Quantised | None = None,
     ) -> None:
         super().__init__()
+        if quantised not in (None, *get_args(Quantised)):
+            raise ConfigError(f"quantised is 'int8' or None, got '{quantised}'.")
         if kind not in (None, "velocity", "partial"):
             raise ConfigError(f"kind is 'velocity', 'partial' or None, got '{kind}'.")
         self.files = files
@@ -55,6 +63,11 @@ class PipelineNetwork(nn.Module):
         self.data_shape = (channels, self.size[0] // shrink, self.size[1] // shrink)
         if checkpointing:
             self.model.enable_gradient_checkpointing()
+        self.quantised = quantised
+        digests = digests_of(self.model)
+        if quantised is not None:
+            _quantise(self.model)
+        self._left_out = LeftOut(self, "model", files.source, digests)
 
     def forward(self, x: State, s: Times, t: Times, condition: Condition | None = None) -> State:
         if condition is None:
@@ -67,6 +80,16 @@ class PipelineNetwork(nn.Module):
         guidance = condition.tensors.get(SCALE, torch.ones_like(s)).to(s)
         answer = self.family.call(self.model, told.to(self.model.dtype), timestep, condition, guidance, self.size)
         return self.conversion.average_velocity(answer.to(x.dtype), x, s)
+
+
+def _quantise(model: nn.Module) -> None:
+    """Hold the weights of linear layers in 8 bits, with a scale a row, frozen; products are in the type of states."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ModuleNotFoundError as error:
+        raise missing_package("torchao", "quantised", "quantised='int8'") from error
+    model.requires_grad_(False)
+    quantize_(model, Int8WeightOnlyConfig(version=2))
 
 
 def _check_target(t: Tensor) -> None:

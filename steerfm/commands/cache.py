@@ -33,11 +33,11 @@ def cache(recipe: Composed) -> Path:
         device = recipe.values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         encoders = recipe.build("encoders", text_files=str(run.folder / "texts"), device=device)
         data = recipe.build("data")
-        wanted, size = encoders.size, getattr(data, "size", None)
-        if size is not None and wanted != (size, size):
+        height, width = data.rows([0])["x0"].shape[-2:]
+        if (height, width) != encoders.size:
             raise ConfigError(
-                f"The model's pictures have {wanted[0]} x {wanted[1]} pixels and data.size is {size}: set the one or "
-                "the other, by data.size= or encoders.size=."
+                f"The model's pictures have {encoders.size[0]} x {encoders.size[1]} pixels and the data's {height} x "
+                f"{width}: set the one or the other, by data.size= or encoders.size=."
             )
         folder = cache_latents(
             encoders.codec, data, run.folder / "latents", device=device, **recipe.values["latents"]
