@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--jumps", type=int, metavar="N", help="of a flow map with a second time: the whole network, for N jumps"
     )
+    export.add_argument("--push", metavar="ORG/NAME", help="then upload it to the hub, as a private repository")
+    export.add_argument("--public", action="store_true", help="with --push: a repository that everybody may read")
     env = commands.add_parser("env", help="print versions, devices, cores and memory; or what a recipe needs of it")
     env.add_argument(
         "--plan",
