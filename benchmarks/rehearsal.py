@@ -1,6 +1,6 @@
 """A dress rehearsal of pretrained models: everything that docs/pretrained.md does, at a size that two cores train.
 
-    python benchmarks/rehearsal.py make rehearsal      pictures and an untrained pipeline; two CPU cores, 10 min
+    python benchmarks/rehearsal.py make rehearsal      pictures and an untrained pipeline; two CPU cores, 3 min
     python benchmarks/rehearsal.py run                 every command of docs/pretrained.md's rehearsal; an hour in all
 
 `make` writes what a user brings: a folder of captioned pictures (rehearsal/pictures, scenes of one shape), and a
@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
-import shutil
+import shlex
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from steerfm.seeds import torch_generator
 
 diffusers: Any = importlib.import_module("diffusers")  # its lazy names are unknown to type checkers
 ROOT = Path(__file__).parents[1]
-GUIDE = ROOT / "docs/pretrained.md"
+GUIDE, HEADING = ROOT / "docs/pretrained.md", "## A dress rehearsal"
 SIZE, TOKENS = 32, 16  # pixels a side; tokens of a prompt
 console = Console()
 
@@ -143,7 +142,7 @@ def clip_text_encoder() -> Any:
             bos_token_id=count - 2,
             eos_token_id=count - 1,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
     kept = load_file(folder / "open_clip_model.safetensors")
     encoder.load_state_dict(_renamed({name: tensor.float() for name, tensor in kept.items()}, text["layers"]))
@@ -177,16 +176,58 @@ def clip_tokenizer() -> Any:
     )  # fmt: skip
 
 
+def run(folder: Path) -> None:
+    """Run the guide's commands in a folder, one after the other, and print how long each took and what came out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = Table("command", "seconds", "reward", "prompts followed", title="Rehearsal of pretrained models")
+    for command in commands(GUIDE.read_text(encoding="utf-8")):
+        console.print(f"$ {command}", soft_wrap=True, markup=False)
+        start = time.monotonic()
+        subprocess.run(executed(command), cwd=folder, check=True)
+        table.add_row(
+            command.partition("=")[2].split()[0], f"{time.monotonic() - start:.0f}", *figures(folder, command)
+        )
+    console.print(table)
+
+
+def commands(guide: str) -> list[str]:
+    """Return the commands of the guide's rehearsal."""
+    section = guide.partition(HEADING)[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith(("python ", "steerfm "))]
+
+
+def executed(command: str) -> list[str]:
+    """Return a command's arguments, with the programs of this environment."""
+    first, *rest = shlex.split(command)
+    if first == "steerfm":
+        return [str(Path(sys.executable).with_name("steerfm")), *rest]
+    return [sys.executable, str(ROOT / rest[0]), *rest[1:]]
+
+
+def figures(folder: Path, command: str) -> tuple[str, str]:
+    """Return the mean reward and share of followed prompts of the run that a command made, if it sampled."""
+    named = [word.removeprefix("name=") for word in shlex.split(command) if word.startswith("name=")]
+    path = folder / "runs" / named[0] / "metrics.json" if named else None
+    found = json.loads(path.read_text()) if path and path.exists() else {}
+    return tuple(f"{found[key]:.3f}" if key in found else "" for key in ("reward", "held_out.judge"))  # type: ignore[return-value]
+
+
 def main() -> None:
+    """Make what is trained on, or run the rehearsal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     making = actions.add_parser("make", help="write pictures and an untrained pipeline")
     making.add_argument("folder", type=Path)
     making.add_argument("--pictures", type=int, default=20_000)
-    making.add_argument("--steps", type=int, default=1000, help="of training the autoencoder (default: 1000)")
+    making.add_argument("--steps", type=int, default=800, help="of training the autoencoder (default: 800)")
+    running = actions.add_parser("run", help="run every command of the guide's rehearsal")
+    running.add_argument("--in", dest="folder", type=Path, default=Path(), help="where (default: here)")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    make(arguments.folder, arguments.pictures, arguments.steps)
+    if arguments.action == "make":
+        make(arguments.folder, arguments.pictures, arguments.steps)
+    else:
+        run(arguments.folder)
 
 
 if __name__ == "__main__":

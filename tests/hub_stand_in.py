@@ -61,8 +61,8 @@ class Handler(BaseHTTPRequestHandler):
                 told = json.loads(line)
                 if told["key"] == "file":
                     hub.files[told["value"]["path"]] = base64.b64decode(told["value"]["content"])
-            return self._send(200, {"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.url}/{next(iter(hub.repositories))}/commit/1",
-                                    "pullRequestUrl": None})  # fmt: skip
+            address = f"{hub.url}/{next(iter(hub.repositories))}/commit/1"
+            return self._send(200, {"commitOid": "1" * 40, "commitUrl": address, "pullRequestUrl": None})
         if path == "/api/validate-yaml":
             return self._send(200, {"errors": [], "warnings": []})
         hub.unknown.append(path)

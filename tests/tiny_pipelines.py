@@ -177,6 +177,23 @@ def stable_diffusion(scheduler: Any, **more: Any) -> Any:
     )  # fmt: skip
 
 
+def control(unet: Any) -> Any:
+    """Return a ControlNet for a U-Net; its last layers, zero in a new one, are not."""
+    torch.manual_seed(10)
+    return lively(diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4)))
+
+
+def stable_diffusion_control(scheduler: Any) -> Any:
+    plain = stable_diffusion(scheduler)
+    return diffusers.StableDiffusionControlNetPipeline(**plain.components, controlnet=control(plain.unet))
+
+
+def sdxl_control(scheduler: Any) -> Any:
+    plain = sdxl(scheduler)
+    parts = {name: part for name, part in plain.components.items() if part is not None}
+    return diffusers.StableDiffusionXLControlNetPipeline(**parts, controlnet=control(plain.unet), add_watermarker=False)
+
+
 def sdxl(scheduler: Any) -> Any:
     more: dict[str, Any] = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "cross_attention_dim": 32,
@@ -227,6 +244,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sana-sprint": sana_sprint,
     "sd-turbo": lambda: stable_diffusion(diffusers.EulerDiscreteScheduler(**TURBO)),
     "sdxl-turbo": lambda: sdxl(diffusers.EulerAncestralDiscreteScheduler(**TURBO)),
+    "sd-control": lambda: stable_diffusion_control(ddim()),
+    "sdxl-control": lambda: sdxl_control(diffusers.EulerAncestralDiscreteScheduler(**TURBO)),
     "lcm": lcm,
     "pixart": pixart,
     "sd-epsilon": lambda: stable_diffusion(ddim()),

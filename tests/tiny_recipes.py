@@ -13,6 +13,9 @@ LIBRARY = Library()
 RECIPES = {recipe.name: recipe for recipe in LIBRARY.recipes()}
 COMMANDS = {name: config.preview([f"recipe={name}"])["command"] for name in RECIPES}
 
+PRETRAINED = {name for name in RECIPES if name.split("_")[0] in ("pretrained", "flux", "sana", "latents")}
+PRETRAINED |= {name for name in RECIPES if name.startswith("rehearsal/")}  # test_pretrained_recipes.py runs these
+
 PAIRS = Path(__file__).parent / "data" / "pairs" / "pairs.jsonl"
 
 # What makes a run tiny, by the first key of the recipe that it needs.

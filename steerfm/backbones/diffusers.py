@@ -23,6 +23,7 @@ from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.backbones.pipeline_network import PipelineNetwork, Quantised, picture_size, vae_scale
 from steerfm.backbones.pipeline_prompts import PipelinePrompts
 from steerfm.building import build
+from steerfm.conditions.pictures import Pictures
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, declared
 from steerfm.saving import describe_flow_map
@@ -52,17 +53,19 @@ def load_pipeline(
     index = files.index()
     family = family_of(index)
     texts = [name for name in family.texts if name not in family.optional or files.has(name)]
-    files.check(("scheduler", family.network, "vae", *texts, *(family.texts[name] for name in texts)))
+    control = () if family.control is None else (family.control,)
+    files.check(("scheduler", family.network, "vae", *control, *texts, *(family.texts[name] for name in texts)))
     network = PipelineNetwork(files, kind, size, checkpointing, quantised)
     if guidance_scale is None:
         guided = network.guidance_input or (family.free and not network.partial)
         guidance_scale = usual_guidance(getattr(library("diffusers"), index["_class_name"])) if guided else 1.0
+    conditioner = PipelinePrompts(
+        files, negative_prompt, text_length, text_device, None if text_files is None else os.fspath(text_files)
+    )
     flow_map = cls(
         network,
         path=network.conversion.path,
-        conditioner=PipelinePrompts(
-            files, negative_prompt, text_length, text_device, None if text_files is None else os.fspath(text_files)
-        ),
+        conditioner=Pictures(3, network.size, conditioner) if control else conditioner,
         codec=PipelineCodec(files, tiling, slicing, offload),
         guidance_scale=guidance_scale,
     )

@@ -67,8 +67,10 @@ def painted(pipeline: Any, flow_map: FlowMap, x1: Tensor, jumps: int | None = No
     length = getattr(flow_map.conditioner, "length", None)
     if length is not None:
         more["max_sequence_length"] = length
-    more |= {"num_inference_steps": 1} if jumps is None else {"sigmas": equal_sigmas(jumps)}
     height, width = declared(flow_map.network, "size")
+    if family.control is not None:  # the prompts name no picture
+        more |= {"image": torch.zeros(len(PROMPTS), 3, height, width), "controlnet_conditioning_scale": 0.0}
+    more |= {"num_inference_steps": 1} if jumps is None else {"sigmas": equal_sigmas(jumps)}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         list(PROMPTS), latents=packed(x1) if family.packed else x1, guidance_scale=1.0, output_type="pt",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfm.errors import ConfigError, nearest
+from steerfm.images import to_unit
 from steerfm.types import Condition, State, Times
 
 Encoded = dict[str, Tensor]
@@ -24,15 +25,17 @@ class Family:
     read: (pipeline, prompt, options) -> the tensors of one prompt, (1, ...). call: (network, x, timestep, condition,
     guidance, size) -> its answer, x alike; timestep as `Conversion.told` gives it, guidance (B,), size in pixels. free:
     whether it was trained for classifier-free guidance. packed: latents are told two by two, so their sizes are even.
+    control: the part that reads a picture of the prompt, "caption @ path", if any, whose residuals `call` then takes.
     """
 
     network: str
     texts: Mapping[str, str]
     read: Callable[[Any, str, dict[str, Any]], Encoded]
-    call: Callable[[Any, State, Times, Condition, Times, tuple[int, int]], State]
+    call: Callable[..., State]
     optional: tuple[str, ...] = ()
     free: bool = True
     packed: bool = False
+    control: str | None = None
 
     def guidance_input(self, config: Mapping[str, Any]) -> bool:
         """Whether the network is told its guidance scale, as guidance-distilled ones are."""
@@ -143,22 +146,56 @@ def _call_sana(
 
 
 def _call_unet(
-    network: Any, x: State, timestep: Times, condition: Condition, guidance: Times, size: tuple[int, int]
+    network: Any,
+    x: State,
+    timestep: Times,
+    condition: Condition,
+    guidance: Times,
+    size: tuple[int, int],
+    residuals: Mapping[str, Any] | None = None,
 ) -> State:
-    """Call a U-Net; Stable Diffusion XL's is also told the pooled text, and the pictures' size before and after."""
-    added = None
-    if "pooled" in condition.tensors:
-        numbers = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype)
-        added = {"text_embeds": condition["pooled"].to(x.dtype), "time_ids": numbers.expand(len(x), -1)}
+    """Call a U-Net, with a ControlNet's residuals where there are some."""
     width = network.config.time_cond_proj_dim
     return network(
         x,
         timestep,
         encoder_hidden_states=condition["embedding"].to(x.dtype),
         timestep_cond=None if width is None else guidance_waves(guidance, width).to(x.dtype),
-        added_cond_kwargs=added,
+        added_cond_kwargs=_added(x, condition, size),
         return_dict=False,
+        **(residuals or {}),
     )[0]
+
+
+def _added(x: State, condition: Condition, size: tuple[int, int]) -> dict[str, Tensor] | None:
+    """Return what Stable Diffusion XL is also told: the pooled text, and the pictures' size before and after."""
+    if "pooled" not in condition.tensors:
+        return None
+    numbers = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype)
+    return {"text_embeds": condition["pooled"].to(x.dtype), "time_ids": numbers.expand(len(x), -1)}
+
+
+def control_residuals(
+    control: Any, x: State, timestep: Times, condition: Condition, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what a ControlNet adds to its U-Net for the rows' pictures; zeros for rows without one.
+
+    Reference: Zhang et al. 2023, arXiv 2302.05543.
+    """
+    picture = condition["picture"].to(x.dtype)  # (B, 4, H, W): in [-1, 1], and 1 where there is one
+    down, middle = control(
+        x,
+        timestep,
+        encoder_hidden_states=condition["embedding"].to(x.dtype),
+        controlnet_cond=to_unit(picture[:, :3]),
+        added_cond_kwargs=_added(x, condition, size),
+        return_dict=False,
+    )
+    there = picture[:, 3:, :1, :1]
+    return {
+        "down_block_additional_residuals": [there * each for each in down],
+        "mid_block_additional_residual": there * middle,
+    }
 
 
 def _call_pixart(
@@ -235,6 +272,8 @@ FAMILIES = {
     "SanaPipeline": Family("transformer", ONE, _read_sana, _call_sana),
     "SanaSprintPipeline": Family("transformer", ONE, _read_sana, _call_sana, free=False),
     "StableDiffusionPipeline": Family("unet", ONE, _read_sd, _call_unet),
+    "StableDiffusionControlNetPipeline": Family("unet", ONE, _read_sd, _call_unet, control="controlnet"),
+    "StableDiffusionXLControlNetPipeline": Family("unet", TWO, _read_sdxl, _call_unet, control="controlnet"),
     "LatentConsistencyModelPipeline": Family("unet", ONE, _read_sd, _call_unet, free=False),
     "StableDiffusionXLPipeline": Family("unet", TWO, _read_sdxl, _call_unet),
     "PixArtAlphaPipeline": Family("transformer", ONE, _read_pixart, _call_pixart),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.backbones.conversions import Kind, conversion_of, kind_of
-from steerfm.backbones.families import family_of
+from steerfm.backbones.families import control_residuals, family_of
 from steerfm.backbones.left_out import LeftOut, digests_of
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.building import remembered
@@ -55,6 +55,8 @@ class PipelineNetwork(nn.Module):
         self.partial = (kind or kind_of(self.scheduler)) == "partial"
         self.velocity_only = not self.partial
         self.model: Any = files.part(self.family.network).requires_grad_(True)
+        control = self.family.control
+        self._control = () if control is None else (files.part(control),)  # frozen, and no part of what is saved
         config = self.model.config
         self.guidance_input = self.family.guidance_input(config)
         shrink = vae_scale(files.config("vae"))
@@ -78,8 +80,14 @@ class PipelineNetwork(nn.Module):
             _check_target(t)
         told, timestep = self.conversion.told(x, s)
         guidance = condition.tensors.get(SCALE, torch.ones_like(s)).to(s)
-        answer = self.family.call(self.model, told.to(self.model.dtype), timestep, condition, guidance, self.size)
+        told = told.to(self.model.dtype)
+        more = {"residuals": self._residuals(told, timestep, condition)} if self._control else {}
+        answer = self.family.call(self.model, told, timestep, condition, guidance, self.size, **more)
         return self.conversion.average_velocity(answer.to(x.dtype), x, s)
+
+    def _residuals(self, told: State, timestep: Times, condition: Condition) -> dict[str, Any]:
+        (control,) = self._control
+        return control_residuals(control.to(told.device), told, timestep, condition, self.size)
 
 
 def _quantise(model: nn.Module) -> None:

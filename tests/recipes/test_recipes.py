@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_recipes import COMMANDS, LIBRARY, RECIPES, read, tiny
+from tiny_recipes import COMMANDS, LIBRARY, PRETRAINED, RECIPES, read, tiny
 
 from steerfm import config
 from steerfm.cli import main
 from steerfm.commands import common
 from steerfm.errors import ConfigError
 
-FITTED = sorted(name for name, command in COMMANDS.items() if command in ("train", "finetune"))
-SAMPLED = sorted(name for name, command in COMMANDS.items() if command in ("sample", "steer"))
+OWN = {name: command for name, command in COMMANDS.items() if name not in PRETRAINED}
+FITTED = sorted(name for name, command in OWN.items() if command in ("train", "finetune"))
+SAMPLED = sorted(name for name, command in OWN.items() if command in ("sample", "steer"))
 
 
 @pytest.mark.parametrize("name", FITTED)
