@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 IN_RANGE   := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint docs demo bench browser parity zoo constraints clean
+.PHONY: help install test lint long fuzz audit docs demo bench browser parity zoo constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -45,6 +45,19 @@ demo: $(STAMP)  ## run the main job on real digits: learn, fine-tune, steer, com
 
 test: lint  ## lint, then all tests that need neither a GPU nor a browser
 	$(BIN)/python -m pytest
+
+long: $(STAMP) fuzz  ## what `make test` leaves out: fuzzing at length, then the slow tests (hours)
+	$(BIN)/python -m pytest -m slow
+
+INPUTS := 10000
+
+fuzz: $(STAMP)  ## damaged recipes, prompt files, checkpoints, requests and run folders, 10,000 of each (an hour; INPUTS=)
+	STEERFM_FUZZ=$(INPUTS) $(BIN)/python -m pytest tests/fuzz --durations=0
+
+# --strict: a release that the service does not know is an error, and no clean bill.
+audit: $(STAMP)  ## known vulnerabilities of the versions in constraints.txt (asks pypi.org)
+	@$(BIN)/uv tool run --quiet --with pip pip-audit@2.10.1 --strict --disable-pip --no-deps -r constraints.txt \
+	  || { echo "Either a release above has a known fault, or pypi.org did not say. Fix: raise its least version in pyproject.toml and make constraints; or ask from a machine that reaches https://pypi.org/pypi/NAME/VERSION/json" >&2; exit 1; }
 
 lint: $(STAMP)  ## formatting, style, types, and who may import whom
 	$(BIN)/ruff format --check .

@@ -91,6 +91,7 @@ Metrics <docs/metrics>
 Rewards <docs/rewards>
 Recipes <docs/recipes>
 Comparing runs <docs/comparing>
+Trust <docs/trust>
 Benchmarks <docs/benchmarks>
 ```
 

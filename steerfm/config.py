@@ -311,7 +311,7 @@ def _check_options(chosen: list[Override], library: Library) -> None:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}' gives several values: add -m to run each of them.")
         options = library.options(group)
-        if override.is_delete() or value in options:
+        if override.is_delete() or (isinstance(value, str) and value in options):
             continue
         if value is None:
             raise ConfigError(

@@ -55,7 +55,7 @@ def hostile(random: Random) -> Any:
     if kind == 6:
         return [hostile(random) for _ in range(random.randrange(4))]
     deep: Any = hostile(random)
-    for _ in range(random.choice([1, 3, 30, 300])):
+    for _ in range(random.choice([1, 3, 30, 120])):
         deep = [deep] if random.randrange(2) else {random.choice(KEYS): deep}
     return deep
 

@@ -17,7 +17,7 @@ from steerfm.errors import SteerfmError
 
 INPUTS = int(os.environ.get("STEERFM_FUZZ", "100"))
 SECONDS = 60  # for one input; a machine may be busy
-MEMORY = 2**31  # bytes of address space that inputs may take beyond what there is at the start
+MEMORY = 2**32  # bytes of address space that inputs may take beyond what there is at the start
 EVIL = "evil_module"  # a module that can be imported in every fuzzed test, and never may be
 RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class")
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
