@@ -48,7 +48,7 @@ def of_rank_zero(numbers: Sequence[int], device: torch.device | str = "cpu") -> 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that is shared out (FSDP2) as a whole, others as they are; every process must ask for it."""
-    if world()[1] == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return tensor
     from torch.distributed.tensor import DTensor  # takes a second
 
@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a whole tensor on the device of another, and shared out where that is; every process must ask for it."""
-    if world()[1] > 1:
+    if dist.is_available() and dist.is_initialized():
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         if isinstance(other, DTensor) and not isinstance(tensor, DTensor):

@@ -17,7 +17,6 @@ from torch.optim import SGD
 from steerfm import (
     EMA,
     MLP,
-    BestOfN,
     Digits,
     DirectBackprop,
     FlowMap,
@@ -25,15 +24,16 @@ from steerfm import (
     Lagrangian,
     LossByInterval,
     Prompts,
-    PromptSeeds,
     RewardFineTuning,
     SampleGrid,
-    SteeredSampling,
     Triangle,
 )
-from steerfm.callbacks import GuardRails
+from steerfm.callbacks import Checkpoints, DurableCheckpoints, GuardRails
+from steerfm.cli import main as command_line
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
+from steerfm.distributed import wait
+from steerfm.modules.strategies import Replicated, Sharded
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import Compositional, Total
 
@@ -52,13 +52,20 @@ def brightness(images: Tensor, prompts: Any) -> Tensor:
 
 def training() -> FlowMapTraining:
     objective = Total([Lagrangian(), Compositional("uniform")])  # of 8 rows 5 are on the diagonal: 3 and 2
-    return FlowMapTraining(flow_map(), objective, Triangle(0.6), optimizer=partial(SGD, lr=RATE), prompt_dropout=0.3)
+    return FlowMapTraining(
+        flow_map(), objective, Triangle(0.6), optimizer=partial(SGD, lr=RATE, momentum=0.5), prompt_dropout=0.3
+    )
 
 
 def tuning() -> RewardFineTuning:
     method, rule = DirectBackprop(2, penalty="path"), Compositional("uniform")
     return RewardFineTuning(
-        flow_map(), brightness, method, held_out=[brightness], optimizer=partial(SGD, lr=RATE), consistency=rule
+        flow_map(),
+        brightness,
+        method,
+        held_out=[brightness],
+        optimizer=partial(SGD, lr=RATE, momentum=0.5),
+        consistency=rule,
     )
 
 
@@ -86,16 +93,16 @@ def prompts() -> Prompts:
     return Prompts(CAPTIONS, prompts_per_step=4, samples_per_prompt=2)
 
 
-def pairs() -> PromptSeeds:
-    return PromptSeeds(CAPTIONS[:2], seeds=3, batch_size=2)
-
-
-def trainer(folder: Path, name: str, *callbacks: Any, devices: int = 2) -> Trainer:
+def trainer(
+    folder: Path, name: str, *callbacks: Any, devices: int = 2, strategy: Any = None, steps: int = STEPS
+) -> Trainer:
     return Trainer(
-        max_steps=STEPS,
+        max_steps=steps,
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=strategy or (Replicated() if devices > 1 else "auto"),
+        gradient_clip_val=0.2,
+        plugins=[DurableCheckpoints()],
         logger=CSVLogger(folder, name="", version=name),
         log_every_n_steps=1,
         callbacks=list(callbacks),
@@ -103,6 +110,30 @@ def trainer(folder: Path, name: str, *callbacks: Any, devices: int = 2) -> Train
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def sharded(folder: Path) -> dict[str, Tensor]:
+    """Train and tune with shared-out weights; the training is stopped before its last step, and goes on."""
+    for steps, path in ((STEPS - 1, None), (STEPS, folder / "kept" / f"step={STEPS - 1:08d}.ckpt")):
+        module, ema = training(), EMA(0.5)
+        kept = [] if path else [Checkpoints(folder / "kept", STEPS - 1)]
+        run = trainer(folder, f"sharded_{steps}", ema, *kept, strategy=Sharded(), steps=steps)
+        run.fit(module, data(), ckpt_path=path, weights_only=True)
+    if run.global_rank == 0:
+        module.save(folder / "sharded_map")
+    found = {f"sharded_training/{name}": tensor for name, tensor in module.state_dict().items()}
+    found |= {f"sharded_ema/{name}": tensor for name, tensor in ema.average.items()}
+    module = tuning()
+    trainer(folder, "sharded_tuning", strategy=Sharded()).fit(module, prompts())
+    return found | {f"sharded_tuning/{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def steer(folder: Path, name: str, *more: str) -> int:
+    """Steer through the command line; five pairs, two in a batch."""
+    values = ["recipe=digits_steer", f"map={folder / 'map'}", "reward=brightness", "method=tilting", "seeds=5"]
+    values += ["method.particles=3", "method.jumps=2", "data.batch_size=2", "reference=null", "held_out={}"]
+    values += ["trainer.enable_progress_bar=false", f"name={name}", f"folder={folder / 'runs'}"]
+    return command_line(["steer", *values, *more, "trainer.accelerator=cpu"])
 
 
 def main(folder: Path) -> None:
@@ -121,10 +152,11 @@ def main(folder: Path) -> None:
     trainer(folder, "tuning", guard).fit(module, prompts())
     found |= {f"tuning/{name}": tensor for name, tensor in module.state_dict().items()}
     found |= {f"guard/{name}": tensor for name, tensor in guard.weights.items()}
-    sampler = SteeredSampling(flow_map(), BestOfN(2, 1, 0.1), brightness)
-    batches: Any = trainer(folder, "sampling").predict(sampler, pairs())
-    found["own/seeds"] = torch.tensor([seed for batch in batches for seed in batch.seeds])
-    found["own/x0"] = torch.cat([batch.x0 for batch in batches])
+    found |= sharded(folder)
+    if run.global_rank == 0:
+        flow_map().save(folder / "map")
+    wait()
+    assert steer(folder, "two", "trainer=ddp", "trainer.devices=2") == 0
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / f"rank{run.global_rank}.safetensors")
 

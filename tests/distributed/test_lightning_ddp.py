@@ -1,6 +1,7 @@
 """One real DDP run of Lightning on two processes: training, fine-tuning and sampling (lightning_pair.py)."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from distributed.lightning_pair import STEPS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steerfm import BestOfN
+from steerfm import FlowMap
 
+pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
 
 
@@ -22,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the run, made once."""
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, str(HERE / "lightning_pair.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -94,11 +96,31 @@ def test_losses_by_interval_and_pictures_come_from_rank_zero(folder: Path) -> No
     ]
 
 
-def test_sampling_divides_the_pairs(ranks: list[dict[str, Tensor]]) -> None:
-    seeds = torch.cat([found["own/seeds"] for found in ranks])
-    assert seeds.tolist() == [0, 1, 2, 0, 1, 2]
-    prompts = [prompt for prompt in lightning_pair.CAPTIONS[:2] for _ in range(3)]
-    alone = BestOfN(2, 1, 0.1)(
-        lightning_pair.flow_map(), lightning_pair.brightness, prompts=prompts, seeds=seeds.tolist()
-    )
-    assert torch.allclose(torch.cat([found["own/x0"] for found in ranks]), alone.x0, rtol=1e-12, atol=1e-12)
+def test_shared_out_weights_are_those_of_replicas(folder: Path, ranks: list[dict[str, Tensor]]) -> None:
+    """FSDP2, stopped and resumed, clipped and averaged, of training and of fine-tuning; and the map that is saved."""
+    names = [name for name in ranks[0] if name.startswith("sharded_")]
+    assert len(names) > 20
+    for name in names:
+        expected = ranks[0][name.removeprefix("sharded_")]
+        assert all(torch.allclose(found[name], expected, rtol=1e-9, atol=1e-12) for found in ranks), name
+    saved = FlowMap.load(folder / "sharded_map")
+    for name, tensor in saved.named_parameters():
+        assert torch.allclose(tensor, ranks[0][f"ema/flow_map.{name}"], rtol=1e-9, atol=1e-12), name
+
+
+def test_steered_samples_of_two_processes_are_those_of_one(folder: Path) -> None:
+    assert lightning_pair.steer(folder, "one") == 0
+    runs = [folder / "runs" / name for name in ("one", "two")]
+    assert not any((run / "parts").exists() for run in runs)
+    rows = [[json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()] for run in runs]
+    assert [row["seed"] for row in rows[0]] == [0, 1, 2, 3, 4]
+    for mine, theirs in zip(*rows, strict=True):
+        for row in (mine, theirs):
+            row["cost"].pop("seconds")
+        assert mine.pop("log_weight") == pytest.approx(theirs.pop("log_weight"), rel=1e-9)
+        assert {name: value for name, value in mine.items() if name not in ("reward", "parts")} == {
+            name: value for name, value in theirs.items() if name not in ("reward", "parts")
+        } | {"effective_sample_size": pytest.approx(theirs["effective_sample_size"], rel=1e-9)}
+        assert mine["reward"] == pytest.approx(theirs["reward"], rel=1e-9)
+    x0 = [load_file(run / "samples.safetensors")["x0"] for run in runs]
+    assert torch.allclose(*x0, rtol=0, atol=1e-6)
