@@ -83,6 +83,7 @@ class Reward(nn.Module):
         """Score as `forward` does inside a larger reward: the total is NaN where nothing has an opinion."""
         self._check_needed(prompts)
         values = checked(self.score(images, prompts, **metadata), self.name, len(images), self.abstains)
+        values = values.to(images.device)
         wants_gradient = self.differentiable and images.requires_grad and torch.is_grad_enabled()
         if wants_gradient and not values.requires_grad:
             raise RewardError(

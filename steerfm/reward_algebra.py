@@ -1,4 +1,4 @@
-"""Rewards made of rewards: clipped, normalised, an ensemble, and the same one in less memory.
+"""Rewards made of rewards: clipped, normalised, an ensemble, the same one in less memory, or with a time limit.
 
 Each hands on the values of the parts inside as these gave them, and is silent (NaN, see `Reward.abstains`) where
 what it is made of is silent.
@@ -7,20 +7,26 @@ what it is made of is silent.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import math
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steerfm.errors import ConfigError
+from steerfm.errors import ConfigError, RewardError
 from steerfm.reward import Reward, Scores, as_reward, parts_of, refuse_twins
 from steerfm.types import Values
 
 Combination = Literal["mean", "minimum", "lower_bound"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+GRACE = 30.0  # seconds that a call which lets no signal through has left before the process is ended
 
 
 class Clipped(Reward):
@@ -176,6 +182,64 @@ class MemorySaving(Reward):
 
     def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(device, DTYPES[self.dtype])
+
+
+class TimeLimit(Reward):
+    """Score as a reward does, for so many seconds at most: then RewardError names it, and what was saved stays.
+
+    A call that lets no signal through, in code outside of Python, is given half a minute more; then the process is
+    ended where it stands, with a traceback of where that is, and its run goes on from its last checkpoint. The limit is
+    of scoring, not of the gradient. It works in the main thread of a process alone, where training and sampling are.
+    """
+
+    frozen = False
+
+    def __init__(self, reward: Any, seconds: float) -> None:
+        if not seconds > 0:
+            raise ConfigError(f"A time limit is a positive number of seconds, got {seconds}.")
+        inner = as_reward(reward)
+        super().__init__(inner.name)
+        self.reward = inner
+        _declare(self)
+        self.seconds = seconds
+
+    @property
+    def members(self) -> list[Reward]:
+        """The reward inside."""
+        return [self.reward]
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
+        """Score in time."""
+        with _time_limit(self.seconds, self.name):
+            return self.reward.evaluate(images, prompts, **metadata)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, name: str) -> Iterator[None]:
+    """Raise RewardError where the block takes longer; other alarms that were set go on after it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        raise RewardError(
+            f"'{name}' has a time limit, which needs the main thread of a process on Linux or macOS: leave it out."
+        )
+
+    def late(number: int, frame: Any) -> None:
+        raise RewardError(
+            f"'{name}' gave no answer within {seconds:g} s: find out what it waits for, or give it more time, and run "
+            "the same command again."
+        )
+
+    before, start = signal.signal(signal.SIGALRM, late), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
 
 
 def combined(values: Tensor, combine: Combination, width: float = 1.0) -> Values:

@@ -152,8 +152,8 @@ class RandomState(Callback):
 
     A resumed run then draws what it would have drawn: dropout in a network of your own, say. steerfm's own noise needs
     none of it, since it is a function of seed and step. It is for runs of one long epoch, which steerfm's data make:
-    between epochs Lightning and a DataLoader draw themselves. With another number of processes the states do not fit,
-    and CheckpointError says so where it is `strict`; else each process begins anew.
+    between epochs Lightning and a DataLoader draw themselves. With another number of processes the states do not fit:
+    CheckpointError where it is `strict`, else a warning, and each process begins anew.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -170,6 +170,12 @@ class RandomState(Callback):
                 f"The checkpoint was written by {len(found)} processes and is read by {world()[1]}: use as many again, "
                 "or RandomState(strict=False), with which random layers go on with other numbers."
             )
+        if found and len(found) != world()[1]:
+            log.warning(
+                "The checkpoint was written by %d processes and is read by %d: what steerfm draws and learns stays the "
+                "same up to rounding, what draws from PyTorch's, NumPy's or Python's own generators does not.",
+                len(found), world()[1],
+            )  # fmt: skip
         self._waiting = found if found and len(found) == world()[1] else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

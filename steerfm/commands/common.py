@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,9 @@ from rich.logging import RichHandler
 
 from steerfm import config
 from steerfm.config import Composed
-from steerfm.errors import ConfigError
+from steerfm.errors import ConfigError, DataError, RewardError, SteerfmError
+from steerfm.memory import first_sentence, out_of_memory, what_was_asked
+from steerfm.reward import Reward
 from steerfm.runs import Run, choose_name, is_main_process
 
 console = Console(highlight=False)
@@ -37,6 +41,13 @@ NO_CONCERN = (
     r".*module\(s\) in eval mode at the start of training",  # frozen ones, which stay so
     ".*Total length of `list` across ranks is zero",  # a recipe without validation
 )
+
+UNSET = object()
+# What makes a run need less memory, the first with the same result.
+LESS_MEMORY = (
+    "module.micro_batch", "method.micro_batch", "data.batch_size", "data.prompts_per_step", "data.samples_per_prompt",
+    "method.particles", "method.n", "method.count", "method.jumps", "method.steps", "callbacks.guard.batch_size",
+)  # fmt: skip
 
 
 def composed(arguments: argparse.Namespace, command: str) -> list[Composed]:
@@ -90,8 +101,54 @@ def running(recipe: Composed) -> Iterator[Run]:
         torch.set_num_threads(wanted or before)
         try:
             yield run
+        except Exception as error:
+            told = in_one_sentence(error, recipe.values)
+            if told is None:
+                raise
+            raise told from error
         finally:
             torch.set_num_threads(before)
+
+
+def in_one_sentence(error: Exception, values: dict[str, Any]) -> SteerfmError | None:
+    """Return what an error of somebody else's means for a run, where that is known: memory, data workers, rewards."""
+    kept = "what was saved before is untouched"
+    if out_of_memory(error):
+        known = [(key, _find(values, key)) for key in LESS_MEMORY]
+        lower = ", ".join(f"{key}={json.dumps(value)}" for key, value in known if value is not UNSET)
+        return SteerfmError(
+            f"Out of memory ({what_was_asked(error)}): lower {lower or 'the size of the batches'} (null is all at "
+            f"once), and give the run another name; {kept}."
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return DataError(
+            f"A process that reads data has died ({first_sentence(error)}), often for want of memory: give the data "
+            f"fewer workers, or run the same command again; {kept}."
+        )
+    name = _reward_that_raised(error)
+    if name and not isinstance(error, SteerfmError | ImportError):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return RewardError(
+            f"'{name}' raised {type(error).__name__} ({first_sentence(error)}) in {place.filename}, line "
+            f"{place.lineno}: mend it, and run the same command again; {kept}."
+        )
+    return None
+
+
+def _reward_that_raised(error: Exception) -> str:
+    """Return the name of the innermost reward that was being asked when an error was raised, "" if there was none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    asked = [frame.f_locals["self"] for frame in frames if frame.f_code is Reward.evaluate.__code__]
+    return asked[-1].name if asked else ""
+
+
+def _find(values: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested dictionaries, UNSET if there is none."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return UNSET
+        values = values[part]
+    return values
 
 
 def inputs(recipe: Composed) -> list[str]:

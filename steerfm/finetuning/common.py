@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steerfm.distributed import effective_sample_size, gather, group_statistics
 from steerfm.flow_map import FlowMap
+from steerfm.memory import in_micro_batches
 from steerfm.reward import Reward, Scores
 from steerfm.sampling import decoded, few_jumps
 from steerfm.seeds import RowDraws
@@ -27,8 +28,9 @@ class Batch:
 
     flow_map is trained, reference is what it was, frozen. draws: the rows' random numbers; generator: torch's, of
     the same rows (`steerfm.seeds.drawn`). step: optimiser steps so far. micro_batch: pictures that are decoded and
-    scored at once, whose activations are worked out again in the backward pass; all of them, kept, by default. data:
-    whatever else the batch holds, such as "x0".
+    scored at once, whose activations are worked out again in the backward pass; all of them, kept, by default. halved:
+    smaller micro-batches that steps have come down to where memory ran out, the last one in use. data: whatever else
+    the batch holds, such as "x0".
     """
 
     flow_map: FlowMap
@@ -42,6 +44,7 @@ class Batch:
     step: int = 0
     micro_batch: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    halved: list[int] = field(default_factory=list)
 
     def normal(self, count: int = 1) -> State:
         """Return standard normal noise, (B * count, *dim); that of one row is neighbours."""
@@ -59,15 +62,19 @@ class Batch:
         """Return the rewards of clean states, (B * count, *dim), with their gradient."""
         count = len(x0) // len(self.prompts)
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        if self.micro_batch is None:
-            return self.reward(decoded(self.flow_map, x0), prompts)
-        found = [
-            checkpoint(
-                partial(_score, self), x0[start : start + size], prompts[start : start + size], use_reentrant=False
-            )
-            for size in [self.micro_batch]
-            for start in range(0, len(x0), size)
-        ]
+
+        def score(start: int, stop: int) -> Scores:
+            if stop - start == len(x0) and self.micro_batch is None:
+                return self.reward(decoded(self.flow_map, x0), prompts)
+            given = x0[start:stop], prompts[start:stop]
+            return checkpoint(partial(_score, self), *given, use_reentrant=False)  # type: ignore[return-value]
+
+        before = self.halved[-1] if self.halved else self.micro_batch
+        found, size = in_micro_batches(score, len(x0), before, "scoring")
+        if size is not None and size != before:
+            self.halved.append(size)
+        if len(found) == 1:
+            return found[0]
         parts = {name: torch.cat([scores.parts[name] for scores in found]) for name in found[0].parts}
         return Scores(torch.cat([scores.total for scores in found]), parts)
 

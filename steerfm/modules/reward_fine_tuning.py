@@ -25,6 +25,7 @@ from steerfm.objectives import Compositional
 from steerfm.objectives.teachers import parts_of
 from steerfm.reward import Reward, Scores, as_reward
 from steerfm.reward_adapters import means
+from steerfm.reward_algebra import TimeLimit
 from steerfm.sampling import few_jumps
 from steerfm.saving import describe_flow_map
 from steerfm.seeds import RowDraws, shares
@@ -43,7 +44,8 @@ class RewardFineTuning(lightning.LightningModule):
     which samples are drawn for it and for the monitor, where the method draws none. adapter: makes the map that is
     tuned from the one given, and says which of its parameters are; all by default. monitor_every: steps between
     measurements of held-out rewards, of the divergence D from the reference and of the semigroup defect. micro_batch:
-    pictures decoded and scored at once. The reference is the map as given here, frozen; weights that the adapter
+    pictures decoded and scored at once, fewer where memory runs out. reward_timeout: seconds that a reward may take for
+    a batch (`reward_algebra.TimeLimit`). The reference is the map as given here, frozen; weights that the adapter
     freezes are held once. Reward, held-out rewards and reference stay out of checkpoints and of the optimiser. seed: of
     all noise, which depends on (seed, batch, row) and not on the number of processes.
     """
@@ -66,6 +68,7 @@ class RewardFineTuning(lightning.LightningModule):
         jumps: int = 4,
         adapter: Callable[[FlowMap], FlowMap] | None = None,
         micro_batch: int | None = None,
+        reward_timeout: float | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -76,9 +79,10 @@ class RewardFineTuning(lightning.LightningModule):
                 f"{type(method).__name__} is no method of steerfm.finetuning: take one of those, such as "
                 "AdjointMatching, or sample with it by 'steerfm steer'."
             )
-        self._reward = None if reward is None else Guest(as_reward(reward))
+        limited = partial(TimeLimit, seconds=reward_timeout) if reward_timeout is not None else as_reward
+        self._reward = None if reward is None else Guest(limited(reward))
         self._check_reward()
-        self._held_out = [Guest(as_reward(r)) for r in held_out]
+        self._held_out = [Guest(limited(r)) for r in held_out]
         given, self._made_in = copy_around(flow_map), flow_map.dtype
         self.flow_map = flow_map.train().requires_grad_(True) if adapter is None else adapter(flow_map.train())
         if given.conditioner is None and self.flow_map.conditioner is not None:
@@ -102,6 +106,7 @@ class RewardFineTuning(lightning.LightningModule):
         self.seed = seed
         self.jumps = jumps
         self.micro_batch = micro_batch
+        self._halved: list[int] = []  # micro-batches that steps have come down to for want of memory
 
     @property
     def reward(self) -> Reward | None:
@@ -156,6 +161,7 @@ class RewardFineTuning(lightning.LightningModule):
             generator=step_generator(self, self.seed, rows),
             step=self.global_step,
             micro_batch=self.micro_batch,
+            halved=self._halved,
             data=batch,
         )
 

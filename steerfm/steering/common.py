@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from steerfm import seeds as seeding
 from steerfm.distributed import effective_sample_size, gather, shard, world
 from steerfm.errors import ConfigError, RewardError
 from steerfm.flow_map import FlowMap
+from steerfm.memory import in_micro_batches
 from steerfm.reward import Reward, as_reward
 from steerfm.sampling import Task, decoded, finish, measure, prepare
 from steerfm.types import Condition, Cost, Samples, State, Values
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -201,24 +204,23 @@ class Run:
 
     def rows(self, function: Callable[[State, Condition | None], Tensor], x: State) -> Tensor:
         """Return function(x, condition) of all rows, a micro-batch at a time."""
-        return torch.cat([function(x[some], condition) for some, condition, _ in self._parts(x)])
+        return torch.cat(self._in_parts(lambda rows, condition, _: function(rows, condition), x))
 
     def rewards(self, x0: State) -> Values:
         """Return the reward of each row of clean states."""
         decode = self.flow_map.decode
-        return torch.cat([self.reward(decode(x0[some]), prompts).total for some, _, prompts in self._parts(x0)])
+        return torch.cat(self._in_parts(lambda rows, _, prompts: self.reward(decode(rows), prompts).total, x0))
 
     def reward_gradient(
         self, x: State, clean: Callable[[State, Condition | None], State]
     ) -> tuple[State, Values, State]:
         """Return (x0, r(x0), its gradient with respect to x) of x0 = clean(x, condition), row by row."""
-        parts = [
-            value_and_gradient(
-                partial(_told, clean, condition), self.reward, partial(decoded, self.flow_map), x[some], prompts
-            )
-            for some, condition, prompts in self._parts(x)
-        ]
-        x0, values, gradients = zip(*parts, strict=True)
+
+        def one(rows: State, condition: Condition | None, prompts: list[str]) -> tuple[State, Values, State]:
+            decode = partial(decoded, self.flow_map)
+            return value_and_gradient(partial(_told, clean, condition), self.reward, decode, rows, prompts)
+
+        x0, values, gradients = zip(*self._in_parts(one, x), strict=True)
         return torch.cat(x0), torch.cat(values), torch.cat(gradients)
 
     def steps(self, times: Sequence[float]) -> Iterator[tuple[int, float, float]]:
@@ -277,16 +279,22 @@ class Run:
         network, rewards, gradients, _ = calls.sum(0).tolist()
         return Cost(network, rewards, gradients, float(calls[:, 3].max()))
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[slice, Condition | None, list[str]]]:
-        """Yield micro-batches of rows: which, their condition and their prompts."""
+    def _in_parts(self, function: Callable[[Tensor, Condition | None, list[str]], T], x: Tensor) -> list[T]:
+        """Return function(rows, their condition, their prompts) of each micro-batch.
+
+        Where memory runs out they become smaller, and stay so for the rest of the run.
+        """
         each = len(x) // len(self.seeds)
-        for start in range(0, len(x), self.micro_batch or len(x)):
-            some = slice(start, min(start + (self.micro_batch or len(x)), len(x)))
-            pairs = torch.arange(some.start, some.stop) // each
+
+        def part(start: int, stop: int) -> T:
+            pairs = torch.arange(start, stop) // each
             condition = self.task.condition
             if condition is not None:
                 condition = condition.select(pairs.to(x.device))
-            yield some, condition, [self.task.prompts[i] for i in pairs.tolist()]
+            return function(x[start:stop], condition, [self.task.prompts[i] for i in pairs.tolist()])
+
+        found, self.micro_batch = in_micro_batches(part, len(x), self.micro_batch, "steering")
+        return found
 
     def _tell(self, done: int, of: int, t: float, cost: Cost) -> None:
         if self.watch.on_step is not None:
