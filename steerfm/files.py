@@ -26,6 +26,7 @@ except ImportError:  # Windows has no fcntl; folders are not locked there
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # the lock is written, and in a folder that was sent it may lead to any file
 MOST_BYTES = 2**31  # of a text
 LARGEST = sys.float_info.max
 MOST_LEVELS = 100  # of YAML, one inside the other
@@ -174,7 +175,7 @@ def lock_folder(folder: Path) -> None:
             raise RunError(
                 f"The run folder {folder} is in use by {taken_by}: wait until that ends, or choose another name."
             )
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:
@@ -201,7 +202,7 @@ def holder(folder: Path) -> str:
     if folder.resolve() in _held:  # looking at the file would release our own lock when it is closed
         return f"this very process ({os.getpid()})"
     try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | NO_LINK)
     except OSError:
         return ""
     try:

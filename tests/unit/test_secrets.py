@@ -30,11 +30,11 @@ def test_no_secret_is_written_or_said(
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     logged = ["logger=wandb", "logger.mode=offline", "trainer.log_every_n_steps=1"]
-    remote = ["reward=remote", "reward.reward=brightness", "reward.tries=1"]
+    remote = ["reward.reward=brightness", "reward.tries=1", "reward.pictures=png"]
     with caplog.at_level(logging.DEBUG, logger="steerfm"):
         with served(Brightness(), token=SECRETS["STEERFM_REWARD_TOKEN"]) as address:
             assert main([*tiny("digits"), "name=base", *logged]) == 0
-            steered = [*tiny("digits_steer", "reward=remote"), "map=runs/base", *remote, f"reward.address={address}"]
+            steered = [*tiny("digits_sample", "reward=remote"), "map=runs/base", *remote, f"reward.address={address}"]
             assert main([*steered, "name=steered", "logger=wandb", "logger.mode=offline"]) == 0
             assert main([*steered, "name=wrong", "reward.reward=nothing"]) != 0
             monkeypatch.setenv("STEERFM_REWARD_TOKEN", SECRETS["STEERFM_JUDGE_TOKEN"])

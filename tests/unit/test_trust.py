@@ -12,7 +12,7 @@ from steerfm.data.captions import read_captions
 from steerfm.data.preference_pairs import read_pairs
 from steerfm.data.prompts import read_prompts
 from steerfm.errors import CheckpointError, ConfigError, DataError, RunError, SteerfmError, TrustError
-from steerfm.files import read_json, read_yaml
+from steerfm.files import holder, lock_folder, read_json, read_yaml
 from steerfm.report.pictures import read_picture
 from steerfm.report.sources import load
 
@@ -259,3 +259,13 @@ def test_a_map_far_larger_than_its_weights_is_refused(workplace: Path):
         (folder / "flow_map.json").write_text(json.dumps(described))
         with pytest.raises(CheckpointError, match="far larger than its weights"):
             FlowMap.load(folder)
+
+
+def test_the_lock_of_a_folder_that_was_sent_leads_nowhere(workplace: Path):
+    (workplace / "mine").write_text("precious")
+    (workplace / "sent").mkdir()
+    (workplace / "sent" / ".lock").symlink_to(workplace / "mine")
+    with pytest.raises(RunError, match="Cannot write"):
+        lock_folder(workplace / "sent")
+    assert holder(workplace / "sent") == ""
+    assert (workplace / "mine").read_text() == "precious"
