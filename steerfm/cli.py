@@ -18,6 +18,7 @@ EXTRAS = {
     "diffusers": "diffusers",
     "peft": "diffusers",
     "accelerate": "diffusers",
+    "torchao": "quantised",
     "trl": "trl",
     "wandb_workspaces": "report",
     "pandas": "report",

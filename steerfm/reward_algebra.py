@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steerfm.errors import ConfigError, RewardError
+from steerfm.networks.sharing import called_on
 from steerfm.reward import Reward, Scores, as_reward, parts_of, refuse_twins
 from steerfm.types import Values
 
@@ -137,12 +138,18 @@ class MemorySaving(Reward):
     along. recompute: keep no activations for the gradient, and score again in the backward pass, one micro-batch at
     a time (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174). dtype: "bfloat16" or "float16" computes under
     autocast, with rounding of that type; a reward that switches autocast off, as CLIPScore does, is not changed by it.
+    offload: the reward's weights rest in the CPU's memory, and are copied to the pictures' device for each call.
     """
 
     frozen = False
 
     def __init__(
-        self, reward: Any, micro_batch: int | None = None, recompute: bool = True, dtype: str | None = None
+        self,
+        reward: Any,
+        micro_batch: int | None = None,
+        recompute: bool = True,
+        dtype: str | None = None,
+        offload: bool = False,
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ConfigError(f"micro_batch is a number of pictures, at least 1, got {micro_batch}.")
@@ -150,14 +157,16 @@ class MemorySaving(Reward):
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)} or null, got {dtype!r}.")
         inner = as_reward(reward)
         super().__init__(inner.name)
-        self.reward = inner
+        self._resting = (inner.cpu(),) if offload else ()  # no part of what moves with this
+        if not offload:
+            self.reward = inner
         _declare(self)
         self.micro_batch, self.recompute, self.dtype = micro_batch, recompute, dtype
 
     @property
     def members(self) -> list[Reward]:
         """The reward inside."""
-        return [self.reward]
+        return list(self._resting) or [self.reward]
 
     def evaluate(self, images: Tensor, prompts: Sequence[str], **metadata: Any) -> Scores:
         """Score piece by piece."""
@@ -173,6 +182,8 @@ class MemorySaving(Reward):
     def _piece(self, images: Tensor, prompts: Sequence[str], metadata: dict[str, Any]) -> Scores:
         def evaluate(images: Tensor) -> Scores:
             with self._precision(images.device.type):
+                if self._resting:
+                    return called_on(images.device, self._resting[0], "evaluate", images, prompts, **metadata)
                 return self.reward.evaluate(images, prompts, **metadata)
 
         if self.recompute and images.requires_grad and torch.is_grad_enabled():

@@ -7,7 +7,6 @@ numbers of what was left out are kept, so that another model is not taken for th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -36,24 +35,26 @@ class LeftOut:
         self.inside, self.source = inside, source
         read = network.get_submodule(inside)
         told = digests_of(read) if digests is None else digests
-        self.known = [
-            (weakref.ref(each), each._version, each.dtype, told[name]) for name, each in read.named_parameters()
-        ]
+        self.known = {id(each): (_state(each), told[name]) for name, each in read.named_parameters()}
         self.wanted: tuple[str, Tensor] | None = None
         network.register_state_dict_post_hook(partial(self._drop))  # PyTorch marks it, and a method takes no mark
         network.register_load_state_dict_pre_hook(self._begin)
         network.register_load_state_dict_post_hook(self._end)
 
     def __deepcopy__(self, memo: Any) -> LeftOut:
-        return self
+        """Return what is known of the parameters that the copy shares (`steerfm.networks.sharing`)."""
+        copied = object.__new__(LeftOut)
+        memo[id(self)] = copied
+        copied.inside, copied.source, copied.wanted = self.inside, self.source, None
+        copied.known = {key: value for key, value in self.known.items() if id(memo.get(key)) == key}
+        return copied
 
     def _published(self, network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield name, parameter and digest of what nobody has written into; adapters may have renamed it."""
-        names = {each: f"{self.inside}.{name}" for name, each in network.get_submodule(self.inside).named_parameters()}
-        for reference, version, dtype, digest in self.known:
-            each = reference()
-            if each is not None and each in names and (each._version, each.dtype) == (version, dtype):
-                yield names[each], each, digest
+        for name, each in network.get_submodule(self.inside).named_parameters():
+            state, digest = self.known.get(id(each), (None, None))
+            if digest is not None and state == _state(each):
+                yield f"{self.inside}.{name}", each, digest
 
     def _drop(self, network: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         left = [(name, digest) for name, each, digest in self._published(network) if not each.requires_grad]
@@ -79,6 +80,11 @@ class LeftOut:
             raise CheckpointError(
                 f"{self.source} does not hold the weights that this map was tuned from: restore them, or tune it again."
             )
+
+
+def _state(parameter: nn.Parameter) -> Any:
+    """Return what changes where something is written; quantised weights, of another class, cannot be written."""
+    return (parameter._version, parameter.dtype) if type(parameter) is nn.Parameter else type(parameter).__name__
 
 
 def digests_of(module: nn.Module) -> dict[str, Tensor]:

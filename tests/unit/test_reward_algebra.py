@@ -246,6 +246,20 @@ def test_micro_batches_change_neither_values_nor_gradients(size, recompute):
     assert network.sizes == (pieces + pieces[::-1] if recompute else pieces)
 
 
+def test_weights_that_rest_on_the_cpu_score_alike():
+    inner = Network() + 0.5 * Distance()
+    whole, expected = gradient(inner, offset=torch.arange(5.0))
+    resting = MemorySaving(inner, 2, offload=True)
+    total, found = gradient(resting, offset=torch.arange(5.0))
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(found, expected)
+    assert not list(resting.parameters())  # nothing of it moves, or is saved
+    assert [part.name for part in parts_of(resting)] == [part.name for part in parts_of(inner)]
+    if torch.cuda.is_available():
+        resting.to("cuda")(IMAGES.cuda(), PROMPTS, offset=torch.arange(5.0))
+        assert next(parts_of(inner)[0].parameters()).device.type == "cpu"
+
+
 def test_recomputing_keeps_no_activations():
     def kept(reward: Reward) -> int:
         sizes: list[int] = []
