@@ -272,9 +272,10 @@ class FlowMap(nn.Module):
         text_length: the most tokens of a long prompt; text_device: where prompts are read; text_files: a folder that
         keeps what they were read as, so that encoders are not loaded again. tiling, slicing: of decoding; offload: the
         autoencoder rests in the CPU's memory. checkpointing: of the network's backward pass. quantised: "int8" holds
-        the network in 8 bits, for LoRA on top. Of a map that steerfm saved guidance_scale, text_files and checkpointing
-        can be set. No pickle is read and no code that comes with a model is run. Raises CheckpointError for missing,
-        gated or damaged files, ConfigError for an unknown pipeline or an option that a saved map has not.
+        the network in 8 bits, for LoRA on top. Of a map that steerfm saved guidance_scale, text_files, checkpointing
+        and a smaller dtype can be set. No pickle is read and no code that comes with a model is run. Raises
+        CheckpointError for missing, gated or damaged files, ConfigError for an unknown pipeline or an option that a
+        saved map has not.
         """
         from steerfm.backbones.diffusers import is_saved_map, load_pipeline, opened
         from steerfm.backbones.pipeline_files import PipelineFiles
@@ -297,8 +298,8 @@ class FlowMap(nn.Module):
             "quantised": quantised,
         }
         if is_saved_map(source):
-            files: dict[str, Any] = {"dtype": dtype != "float32", "revision": revision, "variant": variant}
-            return opened(cls.load(source), source, [name for name, set in (built | files).items() if set], **alike)
+            others = [name for name, given in (built | {"revision": revision, "variant": variant}).items() if given]
+            return opened(cls.load(source), source, others, dtype=dtype, **alike)
         return load_pipeline(cls, PipelineFiles(source, revision, variant, dtype), **built, **alike)
 
     @classmethod

@@ -26,7 +26,7 @@ from steerfm.building import build
 from steerfm.conditions.pictures import Pictures
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap, declared
-from steerfm.saving import describe_flow_map
+from steerfm.saving import DTYPES, describe_flow_map
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,21 @@ def opened(
     guidance_scale: float | None = None,
     text_files: str | os.PathLike[str] | None = None,
     checkpointing: bool = False,
+    dtype: str = "float32",
 ) -> FlowMap:
-    """Return a map that was saved with these options in place of its own. Raises ConfigError for any others."""
+    """Return a map that was saved with these options in place of its own. Raises ConfigError for any others.
+
+    dtype: float32 leaves weights in the type that they have.
+    """
     if others:
         raise ConfigError(
             f"{source} is a map that steerfm saved, with its own {', '.join(others)}: leave that out, or begin with "
             "the pipeline."
         )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got '{dtype}'.")
+    if dtype != "float32":
+        flow_map.to(DTYPES[dtype])
     if guidance_scale is not None:
         flow_map.guidance_scale = guidance_scale
     conditioner, model = flow_map.conditioner, declared(flow_map.network, "model")

@@ -215,5 +215,6 @@ def test_a_saved_map_takes_what_can_be_set_and_nothing_else(loader: Any, place: 
     found.encode_prompts(["a red circle"])
     assert list((tmp_path / "texts").rglob("*.safetensors"))
     assert FlowMap.from_pretrained(tmp_path / "map", checkpointing=True).network.model.is_gradient_checkpointing  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"with its own kind, size, dtype: leave that out"):
-        FlowMap.from_pretrained(tmp_path / "map", kind="velocity", size=16, dtype="bfloat16")
+    assert FlowMap.from_pretrained(tmp_path / "map", dtype="bfloat16").network.model.dtype == torch.bfloat16  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"with its own kind, size, variant: leave that out"):
+        FlowMap.from_pretrained(tmp_path / "map", kind="velocity", size=16, variant="fp16")
