@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -153,6 +154,16 @@ def damaged(path: Path, reason: object) -> RunError:
     """Return the one sentence for a file of a run folder that cannot be read."""
     lines = str(reason).splitlines() or ["no reason given"]
     return RunError(f"{path} cannot be read ({lines[0]}): restore it, or move its run folder away and run again.")
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, or of a folder's visible file names and bytes; 64 hex digits."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        listing = [(p.relative_to(path).as_posix(), file_fingerprint(p)) for p in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

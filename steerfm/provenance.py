@@ -46,16 +46,6 @@ def fingerprint(config: Mapping[str, Any], inputs: Sequence[str] = ()) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, or of a folder's visible file names and bytes; 64 hex digits."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        listing = [(p.relative_to(path).as_posix(), file_fingerprint(p)) for p in files]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide results, without importing them."""
     found = {"python": platform.python_version()}

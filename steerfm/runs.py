@@ -280,7 +280,7 @@ def input_fingerprint(path: str | Path, root: str | Path = "runs") -> str:
             if HUB_ID.fullmatch(str(path)) and not Path(path).parent.exists():
                 return provenance.fingerprint({"hub": str(path)})
             raise RunError(f"Nothing found at {path}: make it first, or correct the path.")
-        return provenance.file_fingerprint(Path(path))
+        return files.file_fingerprint(Path(path))
     info = Run.open(path, root).info
     return (
         info.fingerprint if info.status == "finished" else provenance.fingerprint({}, [info.fingerprint, "unfinished"])

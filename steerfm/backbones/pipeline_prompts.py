@@ -18,7 +18,7 @@ from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, lib
 from steerfm.building import remembered
 from steerfm.conditions.text_files import TextFiles
 from steerfm.errors import ConfigError
-from steerfm.provenance import file_fingerprint
+from steerfm.files import file_fingerprint
 from steerfm.types import Condition
 
 CACHE_BYTES = 2**28  # of what recent prompts were read as
