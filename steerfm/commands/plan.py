@@ -131,6 +131,7 @@ def _followed_fit(course: _Course) -> Any:
             module.on_train_batch_end(None, batch, i)
             if i == 0:
                 _add_what_waits(trained, callbacks, course)
+        _validated(module, data, course)
         for callback in callbacks:
             _drawn(callback, module, shapes)
     return module
@@ -261,6 +262,7 @@ def _scored_on_shapes(reward: Reward, course: _Course) -> None:
     for member in reward.members:
         _scored_on_shapes(member, course)
     evaluate, shapes = reward.evaluate, course.shapes
+    unseen: set[str] = set()
 
     def on_shapes(images: Tensor, prompts: Any, **metadata: Any) -> Scores:
         images = shapes.unreal(images)
@@ -270,10 +272,13 @@ def _scored_on_shapes(reward: Reward, course: _Course) -> None:
         except (CheckpointError, ConfigError, TrustError):
             raise
         except Exception as error:
+            if reward.name not in unseen and torch._C._current_graph_task_id() != -1:
+                raise  # checkpointing ends its second pass by one
+            unseen.add(reward.name)
             reason = " ".join(str(error).split())[:100]
             course.notes[
-                f"The reward '{reward.name}' looks at the numbers in its pictures ({type(error).__name__}: {reason}): "
-                "it was not called, and its memory is not counted."
+                f"The reward '{reward.name}' cannot work on shapes alone ({type(error).__name__}: {reason}): what it "
+                "needs beside its weights is not counted."
             ] = None
             values = images.flatten(1).float().mean(1) if reward.differentiable else images.new_zeros(len(images))
             return Scores(values, {reward.name: values})
@@ -291,6 +296,15 @@ def _add_what_waits(trained: list[Any], callbacks: Iterable[Any], course: _Cours
         course.shapes.add("moving average", sum(p.numel() * max(4, p.itemsize) for p in trained))
     if course.processes > 1 and "ddp" in str(course.trainer.get("strategy", "")):
         course.shapes.add("DDP's buckets", sum(p.nbytes for p in trained))
+
+
+@torch.no_grad()
+def _validated(module: Any, data: Any, course: _Course) -> None:
+    """Take a step of validation, on the first batch there is, as a fit does unless its trainer leaves it out."""
+    batch = next(iter(data.val_dataloader() or []), None)
+    if batch is not None and course.trainer.get("limit_val_batches") != 0:
+        with course.shapes.phase("validation"), _autocast(course.trainer.get("precision")):
+            module.validation_step(batch, 0)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ PyTorch's allocator on CUDA gives them out. What an operation needs inside itsel
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as meta
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from steerfm.errors import SteerfmError
 
 SMALL = 2**14  # numbers of a tensor that is worked out for good
 BLOCK = 512  # bytes
 WORKING = "activations"  # the kind of what operations make, until something else is said
 META = torch.device("meta")
 aten = torch.ops.aten
+
+
+class Unshaped(SteerfmError):
+    """An operation was called whose result has no shape before it has numbers."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Shapes(TorchDispatchMode):
         self.kinds: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self._blocks: dict[int, _Block] = {}
+        self._found: dict[Any, Any] = {}  # what operations made of shapes that were seen before
         self._phases = ["start"]
 
     def hold(self, kind: str, tensors: Iterable[Any]) -> int:
@@ -91,11 +97,11 @@ class Shapes(TorchDispatchMode):
         return copied
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_here, (args, kwargs or {}))
-        given = _tensors((args, kwargs))
+        kwargs = {name: _here(value) for name, value in (kwargs or {}).items()}
+        given = _tensors([args, kwargs])
         if any(self._is_unreal(each) for each in given):
             return self._shaped(func, args, kwargs)
-        if not given and _large(func(*args, **_on_meta(kwargs))):
+        if not given and _large(self._shape_of(func, args, kwargs)):
             return self._shaped(func, args, kwargs)
         made = func(*args, **kwargs)
         self._count(func, made)
@@ -116,20 +122,31 @@ class Shapes(TorchDispatchMode):
         returns = func._schema.returns
         if returns and all(each.alias_info is not None and not each.alias_info.is_write for each in returns):
             return func(*args, **kwargs)  # a view
-        shapes = tree_map(_shape, (args, kwargs))
-        every_row: Any = {"meta_nonzero_assume_all_nonzero": True}  # those that are chosen by their values
-        with meta.patch(every_row):  # type: ignore[attr-defined]
-            made = func(*shapes[0], **_on_meta(shapes[1]))
-        written = self._written(func, args, kwargs)
+        made, written = self._shape_of(func, args, kwargs), self._written(func, args, kwargs)
+        # "Is any of it" asks for what is wrong.
+        answer = func not in (aten.any.default, aten.any.dim, aten.any.dims)
         if not isinstance(made, tuple | list):
-            return written[0] if returns and _is_write(returns[0]) else tree_map(self._made_of(func), made)
+            return written[0] if returns and _is_write(returns[0]) else self._made(made, answer)
+        if len(returns) != len(made):  # one list of tensors
+            return self._made(made, answer)
         changed = iter(written)
-        fresh = [next(changed) if _is_write(each) else None for each in returns] if len(returns) == len(made) else []
         found = [
-            old if old is not None else tree_map(self._made_of(func), new)
-            for new, old in zip(made, fresh or [None] * len(made), strict=True)
+            next(changed) if _is_write(each) else self._made(new, answer)
+            for each, new in zip(returns, made, strict=True)
         ]
-        return type(made)(found) if type(made) in (tuple, list) else tuple(found)
+        return tuple(found)
+
+    def _shape_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an operation makes of shapes, which depends on no number but whole ones."""
+        key = (func, _signature(args), _signature(kwargs))
+        if key not in self._found:
+            every_row: Any = {"meta_nonzero_assume_all_nonzero": True}  # those that are chosen by their values
+            try:
+                with meta.patch(every_row):  # type: ignore[attr-defined]
+                    self._found[key] = func(*_mapped(_shape, args), **_on_meta(_mapped(_shape, kwargs)))
+            except NotImplementedError as error:
+                raise Unshaped(f"{func} makes of its shapes what only numbers could tell.") from error
+        return self._found[key]
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> list[Any]:
         """Return the arguments that an operation changes, which have no values after it."""
@@ -142,12 +159,12 @@ class Shapes(TorchDispatchMode):
                     self._block(each).unreal = True
         return changed
 
-    def _made_of(self, func: Any) -> Any:
-        """Return how its results are made: the truth of "is any of it" is no, since it asks for what is wrong."""
-        answer = func not in (aten.any.default, aten.any.dim, aten.any.dims)
-        return lambda each: self._made(each, answer) if isinstance(each, Tensor) else each
-
-    def _made(self, like: Tensor, answer: bool = True) -> Tensor:
+    def _made(self, like: Any, answer: bool) -> Any:
+        """Return tensors without values of these shapes."""
+        if isinstance(like, list | tuple):
+            return type(like)([self._made(each, answer) for each in like])
+        if not isinstance(like, Tensor):
+            return like
         made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         if made.numel() <= SMALL:
             made.zero_()  # somebody may print it
@@ -191,7 +208,29 @@ class Shapes(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+    if isinstance(values, Tensor):
+        return [values]
+    inside = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ()
+    return [tensor for value in inside for tensor in _tensors(value)]
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _mapped(change, each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(change, each) for each in value]
+    return change(value)
+
+
+def _signature(value: Any) -> Any:
+    """Return what decides the shape and the type of a result, hashable."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _signature(each)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_signature(each) for each in value)
+    return (type(value), None if isinstance(value, float | torch.Generator) else value)
 
 
 def _here(value: Any) -> Any:
