@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steerfm.errors import RewardError
+from steerfm.files import is_number
 from steerfm.images import to_uint8
 from steerfm.reward import Reward, Scores, checked, parts_of
 from steerfm.types import Values
@@ -338,7 +339,7 @@ def _values(given: Any) -> Values:
 def _range(bounds: Any) -> tuple[float, float] | None:
     if bounds is None:
         return None
-    if not (isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float | None) for b in bounds)):
+    if not (isinstance(bounds, list) and len(bounds) == 2 and all(b is None or is_number(b) for b in bounds)):
         raise Refused(f"'native_range' is the least and the greatest value, got {_short(bounds)}.")
     low, high = bounds
     return (-math.inf if low is None else float(low), math.inf if high is None else float(high))

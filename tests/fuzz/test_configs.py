@@ -14,7 +14,7 @@ from steerfm import config
 from steerfm.checking import check
 
 RECIPE: dict[str, Any] = {
-    "defaults": ["/objective@module.objective: lagrangian", {"/times": "triangle"}, "_self_"],
+    "defaults": [{"/objective@module.objective": "lagrangian"}, {"/times": "triangle"}, "_self_"],
     "command": "train",
     "seed": 3,
     "name": "${label}",
@@ -65,7 +65,8 @@ def test_a_recipe_composes_or_is_refused(workshop: Path, random: Random):
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
     """Return the recipe as it is after composing."""
-    return {**{key: value for key, value in RECIPE.items() if key != "defaults"}, "name": "a"}
+    flow_map = {**RECIPE["flow_map"], "network": RECIPE["network"]}
+    return {**{key: value for key, value in RECIPE.items() if key != "defaults"}, "name": "a", "flow_map": flow_map}
 
 
 @often
@@ -78,6 +79,16 @@ def test_what_is_composed_is_built_or_refused(workshop: Path, composed: dict[str
         recipe = config.Composed("sent", values)
         for key in BUILT:
             recipe.build(key)
+
+
+def test_what_is_whole_is_built(workshop: Path, composed: dict[str, Any]):
+    """Nothing that is refused here would say anything if whole recipes were refused as well."""
+    (workshop / "recipes" / "recipe").mkdir(parents=True)
+    (workshop / "recipes" / "recipe" / "sent.yaml").write_text("# @package _global_\n" + yaml.safe_dump(RECIPE))
+    values = config.compose("train", ["recipe=sent"]).values
+    assert values["flow_map"] == composed["flow_map"]
+    built = config.Composed("sent", composed)
+    assert all(built.build(key) is not None for key in BUILT if key not in ("map", "x"))
 
 
 @often

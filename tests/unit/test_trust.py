@@ -11,10 +11,11 @@ from steerfm.building import build, resolve
 from steerfm.data.captions import read_captions
 from steerfm.data.preference_pairs import read_pairs
 from steerfm.data.prompts import read_prompts
-from steerfm.errors import CheckpointError, ConfigError, DataError, RunError, SteerfmError, TrustError
+from steerfm.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, SteerfmError, TrustError
 from steerfm.files import holder, lock_folder, read_json, read_yaml
 from steerfm.report.pictures import read_picture
 from steerfm.report.sources import load
+from steerfm.reward_wire import read_listing
 
 
 def composed(text: str, *overrides: str) -> config.Composed:
@@ -269,3 +270,10 @@ def test_the_lock_of_a_folder_that_was_sent_leads_nowhere(workplace: Path):
         lock_folder(workplace / "sent")
     assert holder(workplace / "sent") == ""
     assert (workplace / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("bounds", [[0, 10**400], [float("nan"), 1], [True, 1], [0]])
+def test_a_range_of_no_sense_is_refused(bounds: list[object]):
+    reward = {"name": "a", "differentiable": True, "needs_prompt": False, "native_range": bounds}
+    with pytest.raises(RewardError, match="the least and the greatest value"):
+        read_listing(json.dumps({"rewards": [reward]}).encode())
