@@ -172,9 +172,10 @@ def _tell(module: LightningModule | None, exception: BaseException) -> None:
     step = 0 if trainer is None else trainer.global_step
     kept = [] if trainer is None else sorted(Path(trainer.default_root_dir).glob("checkpoints/step=*.ckpt"))
     again = f"goes on from {kept[-1]}" if kept else "goes on with what is there"
+    reason = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(exception)).split(". ")[0].splitlines()[0].rstrip(" .")
     raise RunError(
-        f"Another process was lost, or silent for too long, after step {step} ({str(exception).splitlines()[0]}): see "
-        f"its own log for the reason; the same command {again}."
+        f"Another process was lost, or silent for too long, after step {step} ({reason}): see its own log for the "
+        f"reason; the same command {again}."
     ) from exception
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfm import seeds as seeding
-from steerfm.distributed import draw_ancestors, effective_sample_size, gather_particles, shard
+from steerfm.distributed import draw_ancestors, effective_sample_size, gather_particles, shard, world
 from steerfm.errors import ConfigError
 from steerfm.steering.common import Outcome, Run, Steering, pick
 from steerfm.types import State, Values
@@ -40,7 +40,14 @@ class Populations(Steering):
             raise ConfigError(f"resampling is 'systematic' or 'stratified', got '{self.resampling}'.")
 
     def start(self, run: Run, particles: int) -> Population:
-        """Return populations of initial noise, equally weighted."""
+        """Return populations of initial noise, equally weighted.
+
+        Raises ConfigError where they are split among more processes than there are particles.
+        """
+        if self.split and particles < world()[1]:
+            raise ConfigError(
+                f"split=true gives every process a share of the particles: got {particles} for {world()[1]} processes."
+            )
         x = run.noise(particles)
         log_weights = x.new_zeros(len(run.seeds), len(x) // len(run.seeds), dtype=torch.float64)
         return Population(x, log_weights, log_weights.new_zeros(len(run.seeds)), self)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from trainers import digit_map
 
 from steerfm.distributed import (
     draw_ancestors,
@@ -11,7 +12,9 @@ from steerfm.distributed import (
     shard,
     world,
 )
+from steerfm.errors import ConfigError
 from steerfm.seeds import LARGE, BatchGenerator, drawn, rows_between
+from steerfm.steering import FlowMapTilting
 
 
 def test_one_process_is_the_whole_world() -> None:
@@ -71,3 +74,9 @@ def test_a_batch_draws_the_same_on_any_number_of_processes(shape: tuple[int, ...
     alone, others = torch.rand(9, generator=one), [torch.rand(9, generator=each) for each in two]
     assert not torch.equal(others[0], others[1])  # drawn by a process for itself
     assert not torch.equal(alone, others[0])
+
+
+def test_more_processes_than_particles_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerfm.steering.populations.world", lambda: (0, 3))
+    with pytest.raises(ConfigError, match="got 2 for 3 processes"):
+        FlowMapTilting(2, 2, split=True)(digit_map(), lambda images: images.mean((1, 2, 3)))
