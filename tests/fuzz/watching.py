@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,12 @@ often = settings(
     database=None,
     derandomize="STEERFM_FUZZ" not in os.environ,
     phases=[Phase.explicit, Phase.generate],  # shrinking a whole recipe takes longer than reading the traceback
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
 )
 
 
@@ -70,6 +76,8 @@ def _is_inside(path: Any) -> bool:
     if isinstance(path, int) or _Watch.folder is None:  # a file that is open already
         return True
     place = os.path.realpath(os.fsdecode(path))
+    if place.startswith(os.path.join(tempfile.gettempdir(), "torchinductor")):  # made as PyTorch's compiler is imported
+        return True
     return place == os.devnull or place.startswith(str(_Watch.folder)) or "__pycache__" in place
 
 
