@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # the lock is written, and in a folder that was sent it may lead to any file
 MOST_BYTES = 2**31  # of a text
-LARGEST = sys.float_info.max
+LARGEST = 1e100  # of a number that was read: squares and sums of it fit a float too
 MOST_LEVELS = 100  # of YAML, one inside the other
 MOST_NODES = 1_000_000  # of YAML, with every alias written out
 _held: dict[Path, int] = {}  # the folders that this process holds, and the open lock file of each
@@ -124,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Say whether a value that was read is a finite number that fits a float."""
+    """Say whether a value that was read is a finite number of a size that can be reckoned with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
