@@ -13,6 +13,7 @@ from lightning import seed_everything
 from steerfm.callbacks import Checkpoints, DurableCheckpoints, RandomState, SkipNonFinite, StopOnSignal
 from steerfm.callbacks.checkpoints import newest_first
 from steerfm.commands import common, loggers
+from steerfm.commands.submitting import carried_out
 from steerfm.config import Composed
 from steerfm.errors import CheckpointError
 from steerfm.runs import Run
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Fit what the recipe describes (each point of a sweep, in turn); return the exit code."""
-    for recipe in common.each(arguments, command):
-        common.say(f"Saved {fit(recipe)}")
+    for folder in carried_out(fit, list(common.each(arguments, command))):
+        common.say(f"Saved {folder}")
     return 0
 
 

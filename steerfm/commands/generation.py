@@ -16,6 +16,7 @@ from torch import Tensor
 from steerfm import images
 from steerfm.commands import common, loggers
 from steerfm.commands.sample_parts import SampleParts
+from steerfm.commands.submitting import carried_out
 from steerfm.config import Composed
 from steerfm.data import PromptSeeds
 from steerfm.errors import ConfigError
@@ -27,8 +28,8 @@ from steerfm.types import Samples
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Sample as the recipe describes (each point of a sweep, in turn); return the exit code."""
-    for recipe in common.each(arguments, command):
-        common.say(f"Saved {generate(recipe)}")
+    for folder in carried_out(generate, list(common.each(arguments, command))):
+        common.say(f"Saved {folder}")
     return 0
 
 
