@@ -74,7 +74,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             _point(self.folder / "last.ckpt", path)
             for old in newest_first(self.folder)[self.keep :]:
-                old.unlink(missing_ok=True)
+                if _step(old) is not None:  # what somebody put there under another name is not ours to delete
+                    old.unlink(missing_ok=True)
         return path
 
     def _step_is_over(self, trainer: Trainer) -> None:
@@ -86,15 +87,15 @@ class Checkpoints(Checkpoint):
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, those of the later steps first; links are left out."""
+    """Return the checkpoints of a folder, those of the later steps first, other names last; links are left out."""
+    found = (path for path in folder.glob("*.ckpt") if not path.is_symlink())
+    return sorted(found, key=lambda path: _step(path) or (-1, 0), reverse=True)
 
-    def place(path: Path) -> tuple[int, int]:
-        found = re.fullmatch(
-            r"step=(\d+)(?:-v(\d+))?", path.stem
-        )  # Lightning's own, of earlier runs, may have a version
-        return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
-    return sorted((path for path in folder.glob("*.ckpt") if not path.is_symlink()), key=place, reverse=True)
+def _step(path: Path) -> tuple[int, int] | None:
+    """Return the step in a checkpoint's name, and the version that Lightning's own may have; None for other names."""
+    found = re.fullmatch(r"step=(\d+)(?:-v(\d+))?", path.stem)
+    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def end_after_saving(trainer: Trainer, ending: Callable[[Path | None], None]) -> None:

@@ -126,15 +126,20 @@ def _on_any(trainer: Trainer, finding: str) -> bool:
 
 def _usable(gradients: Iterable[Tensor | None]) -> bool:
     """Say whether all gradients are finite, and their squares are in float32."""
-    there = [gradient for gradient in gradients if gradient is not None]
+    there = [_local(gradient) for gradient in gradients if gradient is not None]
     return not there or float(get_total_norm(there, math.inf)) < LARGEST
 
 
 def _not_finite(named: Iterable[tuple[str, Any]]) -> Iterator[str]:
     """Yield the names of tensors that are not finite everywhere."""
     for name, value in named:
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(_local(value)).all():
             yield name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that is shared out (DTensor, whose import takes a second)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -231,6 +231,11 @@ def test_the_newest_checkpoint_is_told_by_its_step_whatever_the_clock_says(tmp_p
     names = [path.name for path in newest_first(tmp_path)]
     assert names == [*(f"step={step:08d}.ckpt" for step in (5, 4, 3)), "mine.ckpt"]
     assert (tmp_path / "last.ckpt").resolve().name == "step=00000005.ckpt"
+    trainer(tmp_path, 7, Checkpoints(tmp_path, 7)).fit(
+        sick(set()), ring(), ckpt_path=tmp_path / names[0], weights_only=True
+    )
+    kept = {"step=00000007.ckpt", "step=00000005.ckpt", "last.ckpt", "mine.ckpt"}
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == kept
 
 
 # ---- signals ----
