@@ -225,7 +225,7 @@ def test_random_crops_and_mirrors_follow_the_step(tmp_path: Path, monkeypatch: p
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
         shares += seen(make(), 1)
-    assert shares == whole[1]
+    assert shares == whole[1][::2] + whole[1][1::2]
     pretend(monkeypatch, 0, 1)
     fixed = make().rows([0])["x0"]
     assert (fixed - exact[:, :, 4:8]).abs().max() < EXACT
@@ -266,7 +266,7 @@ def test_every_epoch_shows_every_picture_once(tmp_path: Path, monkeypatch: pytes
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
         shares += levels(data.batch(1)["x0"])
-    assert shares == epochs[0][4:]
+    assert shares == epochs[0][4::2] + epochs[0][5::2]
     assert ImageFolder(tmp_path, size=4, batch_size=2).validation_batch() is None
 
 

@@ -258,7 +258,7 @@ def test_batches_depend_on_seed_and_step_and_are_divided(
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
         shares += number(data.batch(1)["x0"])
-    assert shares == seen[1]
+    assert shares == seen[1][::2] + seen[1][1::2]
 
 
 def test_latents_train(pictures: ImageFolder, tmp_path: Path) -> None:
