@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from steerfm.backbones.pipeline_files import PipelineFiles
+from steerfm.backbones.pipeline_files import PipelineFiles, _quiet
 from steerfm.callbacks import EMA, GuardRails, SampleGrid
 from steerfm.commands.shapes import Peak, Shapes
 from steerfm.conditions.guidance import EVERYWHERE
@@ -58,8 +58,8 @@ class Plan:
 
 
 @dataclass
-class _Course:
-    """What is found out on the way."""
+class Course:
+    """Hold what is found out on the way; `trainer` is the recipe's, of which only plain values are read."""
 
     recipe: Composed
     shapes: Shapes = field(default_factory=Shapes)
@@ -85,13 +85,13 @@ class _Course:
 
 def plan(recipe: Composed) -> Plan:
     """Return the plan of a composed recipe. Raises ConfigError for a command that holds nothing worth planning."""
-    course, command = _Course(recipe), recipe.values["command"]
+    course, command = Course(recipe), recipe.values["command"]
     if command in ("train", "finetune"):
-        with _no_weights(), _nobody_asked():
+        with no_weights(), _nobody_asked():
             module = _followed_fit(course)
         what = "a step of training" if command == "train" else "a step of fine-tuning"
     elif command in ("sample", "steer"):
-        with _no_weights(), _nobody_asked():
+        with no_weights(), _nobody_asked():
             module = _followed_generation(course)
         what = "a batch of samples"
     else:
@@ -104,40 +104,45 @@ def plan(recipe: Composed) -> Plan:
     )
 
 
-def _followed_fit(course: _Course) -> Any:
-    """Build a recipe's module and follow two of its steps."""
+def _followed_fit(course: Course) -> Any:
+    """Build a recipe's module and follow two of its steps, its validation and the pictures of its callbacks."""
     recipe, shapes = course.recipe, course.shapes
-    trainer = _trainer(course)
     data = recipe.build("data")
-    data.trainer = trainer
+    data.trainer = stand_in(course)
     batch = _share(next(iter(data.train_dataloader())), course.processes)
     with shapes:
         module = _in_precision(recipe.build("module"), course)
-        _watch(module, course)
-        module.trainer, module.log, module.log_dict = trainer, _nothing, _nothing
-        course.shapes.hold("batch", tree_leaves(batch))
-        module.on_fit_start()
-        optimizer = _optimizer(module, course)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(lambda p: _hold_gradient(shapes, p))
-        every = getattr(module, "monitor_every", 1)
-        first = math.ceil(getattr(module, "flow_matching_steps", 0) / every) * every
         callbacks = (recipe.build("callbacks") or {}).values()
-        for i in range(2):
-            trainer.global_step = first + i * every
-            _step(module, batch, optimizer, course, accumulated=i > 0 and trainer.accumulate_grad_batches > 1)
-            shapes.hold(STATE, (each for state in optimizer.state.values() for each in state.values()))
-            module.on_train_batch_end(None, batch, i)
-            if i == 0:
-                _add_what_waits(trained, callbacks, course)
+        follow_fit(module, batch, course, callbacks)
         _validated(module, data, course)
         for callback in callbacks:
             _drawn(callback, module, shapes)
     return module
 
 
-def _step(module: Any, batch: Any, optimizer: Any, course: _Course, accumulated: bool) -> None:
+def follow_fit(module: Any, batch: Any, course: Course, callbacks: Iterable[Any] = ()) -> None:
+    """Let a module that was built inside `course.shapes` take two steps on a batch, inside them."""
+    shapes, trainer = course.shapes, stand_in(course)
+    _watch(module, course)
+    module.trainer, module.log, module.log_dict = trainer, _nothing, _nothing
+    shapes.hold("batch", tree_leaves(batch))
+    module.on_fit_start()
+    optimizer = _optimizer(module, course)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: _hold_gradient(shapes, p))
+    every = getattr(module, "monitor_every", 1)
+    first = math.ceil(getattr(module, "flow_matching_steps", 0) / every) * every
+    for i in range(2):
+        trainer.global_step = first + i * every
+        _step(module, batch, optimizer, course, accumulated=i > 0 and trainer.accumulate_grad_batches > 1)
+        shapes.hold(STATE, (each for state in optimizer.state.values() for each in state.values()))
+        module.on_train_batch_end(None, batch, i)
+        if i == 0:
+            _add_what_waits(trained, callbacks, course)
+
+
+def _step(module: Any, batch: Any, optimizer: Any, course: Course, accumulated: bool) -> None:
     """Take one optimiser step in Lightning's order: gradients of the last one are there until the loss is."""
     shapes = course.shapes
     with shapes.phase("forward"), _autocast(course.trainer.get("precision")):
@@ -153,7 +158,7 @@ def _step(module: Any, batch: Any, optimizer: Any, course: _Course, accumulated:
         optimizer.step()
 
 
-def _followed_generation(course: _Course) -> SteeredSampling:
+def _followed_generation(course: Course) -> SteeredSampling:
     """Build a recipe's sampler and follow one batch."""
     recipe, shapes = course.recipe, course.shapes
     loader = recipe.build("data").predict_dataloader()
@@ -164,11 +169,7 @@ def _followed_generation(course: _Course) -> SteeredSampling:
         steers = hasattr(method, "steer")
         watch = Watch(look_aheads=True) if steers and recipe.values.get("trace") else None
         module = _in_precision(SteeredSampling(flow_map, method, reward, held_out, watch), course)
-        _watch(module, course)
-        module.eval()
-        precision = _autocast(course.trainer.get("precision"))
-        with torch.no_grad(), precision, shapes.phase("steering" if steers else "sampling"):
-            kept = module.predict_step(batch, 0)
+        kept = follow_batch(module, batch, course)
         batches = math.ceil(len(loader) / course.processes)
         if batches > 1:
             size = sum(each.untyped_storage().nbytes() for each in _tensors(vars(kept)))
@@ -179,10 +180,19 @@ def _followed_generation(course: _Course) -> SteeredSampling:
     return module
 
 
+def follow_batch(module: SteeredSampling, batch: Any, course: Course) -> Any:
+    """Let a sampler that was built inside `course.shapes` draw one batch, inside them; return its samples."""
+    _watch(module, course)
+    module.eval()
+    phase = course.shapes.phase("steering" if hasattr(module.method, "steer") else "sampling")
+    with torch.no_grad(), _autocast(course.trainer.get("precision")), phase:
+        return module.predict_step(batch, 0)
+
+
 # --- what is counted, and as what -------------------------------------------------------------------------------
 
 
-def _watch(module: Any, course: _Course) -> None:
+def _watch(module: Any, course: Course) -> None:
     """Count what the module holds by kind, and name the phases of what it calls."""
     shapes, flow_map = course.shapes, getattr(module, "flow_map", None)
     seen: set[int] = set()
@@ -257,7 +267,7 @@ def _hidden(owner: Any, depth: int = 3) -> list[Tensor]:
     return found
 
 
-def _scored_on_shapes(reward: Reward, course: _Course) -> None:
+def _scored_on_shapes(reward: Reward, course: Course) -> None:
     """Let a reward score pictures without values; one that cannot is counted as nothing, and a note says so."""
     for member in reward.members:
         _scored_on_shapes(member, course)
@@ -290,16 +300,16 @@ def _hold_gradient(shapes: Shapes, parameter: Tensor) -> None:
     shapes.hold(GRADIENTS, [parameter.grad])
 
 
-def _add_what_waits(trained: list[Any], callbacks: Iterable[Any], course: _Course) -> None:
+def _add_what_waits(trained: list[Any], callbacks: Iterable[Any], course: Course) -> None:
     """Count what stays from the first step on and is made elsewhere: the average of the weights, DDP's buckets."""
     if any(isinstance(callback, EMA) for callback in callbacks):
         course.shapes.add("moving average", sum(p.numel() * max(4, p.itemsize) for p in trained))
-    if course.processes > 1 and "ddp" in str(course.trainer.get("strategy", "")):
+    if course.processes > 1 and "ddp" in str(course.trainer.get("strategy", "")).lower():
         course.shapes.add("DDP's buckets", sum(p.nbytes for p in trained))
 
 
 @torch.no_grad()
-def _validated(module: Any, data: Any, course: _Course) -> None:
+def _validated(module: Any, data: Any, course: Course) -> None:
     """Take a step of validation, on the first batch there is, as a fit does unless its trainer leaves it out."""
     batch = next(iter(data.val_dataloader() or []), None)
     if batch is not None and course.trainer.get("limit_val_batches") != 0:
@@ -324,7 +334,7 @@ def _drawn(callback: Any, module: Any, shapes: Shapes) -> None:
 # --- what stands in for a trainer, weights and services ---------------------------------------------------------
 
 
-def _trainer(course: _Course) -> Any:
+def stand_in(course: Course) -> Any:
     """Return what modules and data ask of their trainer."""
     every = int(course.trainer.get("accumulate_grad_batches", 1) or 1)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
@@ -334,7 +344,7 @@ def _trainer(course: _Course) -> Any:
     )  # fmt: skip
 
 
-def _optimizer(module: Any, course: _Course) -> Any:
+def _optimizer(module: Any, course: Course) -> Any:
     """Return the module's optimiser, which on a GPU works on all parameters at once, and needs memory for that."""
     configured = module.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
@@ -355,7 +365,7 @@ def _share(batch: Any, processes: int) -> Any:
     return batch if processes == 1 else cut
 
 
-def _in_precision(module: Any, course: _Course) -> Any:
+def _in_precision(module: Any, course: Course) -> Any:
     """Return the module in Lightning's precision, where it converts weights."""
     bits, _, how = str(course.trainer.get("precision") or "32").partition("-")
     return module.to(PRECISIONS[bits]) if how == "true" and bits in PRECISIONS else module
@@ -369,7 +379,7 @@ def _autocast(precision: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _no_weights() -> Iterator[None]:
+def no_weights() -> Iterator[None]:
     """Build the parts of a pretrained pipeline from their settings alone, inside the block."""
     read, PipelineFiles._model = PipelineFiles._model, _unfilled  # type: ignore[method-assign]
     try:
@@ -380,12 +390,12 @@ def _no_weights() -> Iterator[None]:
 
 def _unfilled(files: PipelineFiles, part: str, kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """Return a part of a pipeline without its weights; reading it is what `PipelineFiles` does."""
-    with files._telling(part), torch.inference_mode(False):
+    with files._telling(part), torch.inference_mode(False), _quiet():
         if kind.__module__.startswith("diffusers."):
             model = kind.from_config(files.config(part))
         else:
             model = kind(kind.config_class.from_pretrained(files.source, **options))
-    return model.to(dtype).eval().requires_grad_(False)
+        return model.to(dtype).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -413,7 +423,7 @@ def _tensors(value: Any) -> list[Tensor]:
 # --- what to do, and what is shown ------------------------------------------------------------------------------
 
 
-def _remedies(course: _Course, module: Any, peak: Peak) -> Iterator[str]:
+def _remedies(course: Course, module: Any, peak: Peak) -> Iterator[str]:
     """Yield what would lower the peak, what saves most for least first."""
     values, kinds = course.recipe.values, peak.kinds
     method = getattr(module, "method", None)
@@ -450,7 +460,7 @@ def show(recipe: Composed, made: Plan, console: Console) -> None:
     console.print(f"most in each phase: {phases}")
     for note in made.notes:
         console.print(note)
-    console.print(fit(made, _Course(recipe).on_gpu))
+    console.print(fit(made, Course(recipe).on_gpu))
     console.print(
         "Bytes of tensors, by shape. On a GPU add 0.3 to 0.6 GiB for the CUDA context and up to a tenth for gaps and "
         "workspaces; attention is counted as flash kernels hold it."
