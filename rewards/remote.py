@@ -33,6 +33,8 @@ class Remote(Reward):
     Metadata are not sent. Raises RewardError where the server cannot be reached, refuses, or answers nonsense.
     """
 
+    bounded = True
+
     def __init__(
         self,
         address: str,

@@ -44,8 +44,9 @@ class Reward(nn.Module):
     differentiable: has a gradient to the pictures. higher_is_better: if not, totals are the negated values.
     needs_prompt: an empty prompt is refused. native_range: the least and greatest value on pictures in [0, 1],
     None where there is none; `steerfm reward check` holds a reward to it. abstains: NaN says "no opinion" (an error
-    otherwise), which adds nothing to a sum. frozen: modules and parameters take no gradients and are in evaluation
-    mode as they are assigned; gradients flow to the pictures only. `a + b`, `0.3 * a` and `-a` make sums.
+    otherwise), which adds nothing to a sum. bounded: refuses pictures outside [0, 1], as servers do. frozen: modules
+    and parameters take no gradients and are in evaluation mode as they are assigned; gradients flow to the pictures
+    only. `a + b`, `0.3 * a` and `-a` make sums.
     """
 
     name: str = ""
@@ -54,6 +55,7 @@ class Reward(nn.Module):
     needs_prompt: bool = False
     native_range: tuple[float, float] | None = None
     abstains: bool = False
+    bounded: bool = False
     frozen: bool = True
 
     def __init__(self, name: str | None = None) -> None:

@@ -15,7 +15,7 @@ from steerfm.finetuning import FineTuning
 from steerfm.flow_map import FlowMap
 from steerfm.images import to_unit
 from steerfm.modules.common import Guest
-from steerfm.reward import as_reward
+from steerfm.reward import as_reward, parts_of
 from steerfm.sampling import Unsteered
 from steerfm.steering import Steering, Watch
 from steerfm.types import Samples
@@ -88,6 +88,7 @@ class SteeredSampling(lightning.LightningModule):
         pictures = samples.x0.ndim == 4 and samples.x0.shape == samples.images.shape
         unclamped = to_unit(samples.x0) if pictures else samples.images
         outside = None
-        if reward is not None and reward.differentiable and (unclamped != samples.images).any():
+        open_ended = reward is not None and reward.differentiable and not any(part.bounded for part in parts_of(reward))
+        if open_ended and (unclamped != samples.images).any():
             outside = reward(unclamped, samples.prompts).total
         return replace(samples, held_out=held_out, rewards_unclamped=outside)

@@ -14,6 +14,7 @@ from served import served
 from tiny_service import Asked, Told, service
 from torch import Tensor
 
+from steerfm import MLP, FlowMap, SteeredSampling
 from steerfm.commands.reward import tinted_digits
 from steerfm.errors import ConfigError, RewardError
 from steerfm.images import to_uint8
@@ -238,3 +239,14 @@ def test_a_recipe_names_it(address: str, workplace: Path):
     lines = ["recipe=shapes_sample", "reward=remote", f"reward.address={address}", "reward.reward=brightness"]
     reward = as_reward(config.compose("sample", lines).build("reward"))
     assert torch.equal(reward(PICTURES, PROMPTS).total, Brightness()(PICTURES, PROMPTS).total)
+
+
+def test_samples_that_leave_the_range_are_scored_as_they_are_seen(address: str):
+    flow_map = FlowMap(MLP((3, 8, 8), width=8, depth=1))  # its samples are noise, and reach beyond [0, 1]
+    batch = {"prompt": PROMPTS[:2], "seed": [0, 1]}
+    near = SteeredSampling(flow_map, reward=Brightness()).predict_step(batch)
+    assert near.rewards_unclamped is not None
+    far = SteeredSampling(flow_map, reward=Remote(address, "brightness")).predict_step(batch)
+    torch.testing.assert_close(far.rewards, near.rewards)
+    mixed = SteeredSampling(flow_map, reward=Remote(address, "brightness") + Redness()).predict_step(batch)
+    assert far.rewards_unclamped is None and mixed.rewards_unclamped is None
