@@ -197,9 +197,9 @@ def gathered_states(device: torch.device) -> list[dict[str, Tensor]]:
 
 def restore(state: dict[str, Tensor]) -> None:
     """Set this process's generators to a state of `gathered_states`."""
-    torch.set_rng_state(state["torch"].to(torch.uint8))
+    torch.set_rng_state(state["torch"].to(torch.uint8).clone())  # a row of a tensor ends the process (SIGSEGV)
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))
+        torch.cuda.set_rng_state(state["cuda"].to(torch.uint8).clone())
     kept, spare, numpy_kept, numpy_spare = state["spare"].tolist()
     version, *words = state["python"].tolist()
     random.setstate((version, tuple(words), spare if kept else None))
