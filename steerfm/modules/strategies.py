@@ -23,6 +23,7 @@ from steerfm.callbacks.guard_rails import GuardRails
 from steerfm.callbacks.sample_grid import SampleGrid
 from steerfm.distributed import like, share_out, whole
 from steerfm.errors import ConfigError, RunError
+from steerfm.finetuning.noise_adapter import AdaptedNetwork
 from steerfm.flow_map import FlowMap
 from steerfm.modules.common import Guest
 
@@ -154,6 +155,8 @@ def _check(trainer: Trainer, module: LightningModule) -> None:
                 f"{type(callback).__name__} samples on one process, which has a share of the weights alone: leave it "
                 "out with trainer=fsdp (set it to null under callbacks), and sample the saved map."
             )
+    if any(isinstance(flow_map.network, AdaptedNetwork) for flow_map in maps_of(module)):
+        raise ConfigError("A noise adapter is called beside its map, not as a part of it: use trainer=ddp.")
     inside = {id(p) for flow_map in maps_of(module) for p in flow_map.network.parameters()}
     if not inside:
         raise ConfigError(f"trainer=fsdp shares out flow maps, and {type(module).__name__} has none: use trainer=ddp.")

@@ -6,7 +6,7 @@ The test computes the same with COUNT = 1 in its own process, by calling `comput
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from steerfm.backbones import LoRA
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
-from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, world
+from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, share_out, whole, world
 from steerfm.finetuning import (
     AdaptedNoise,
     AdjointMatching,
@@ -81,6 +82,16 @@ from steerfm.steering.posterior import Glass
 ROWS = 8  # of the global batch
 SPLIT = 3  # where the uneven rows of `functions` are divided
 NETWORKS = ("mlp", "unet", "dit")
+
+
+CORE = ("lagrangian", "psd_uniform", "mean_flow", "reflow", "integral_kl")
+CORE += ("noise", "weighted_regression", "policy_gradient", "negative_aware", "reward_distillation")
+CORE += ("best_of_n", "guidance", "tilting", "monte_carlo")  # four processes compute these
+
+
+def core(known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is computed of a table: all of it by one process and by two, by more the core."""
+    return known if world()[1] <= 2 else {name: each for name, each in known.items() if name in CORE}
 
 
 def network(kind: str) -> nn.Module:
@@ -151,10 +162,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def own(rows: Any) -> Any:
-    """Return this process's rows of a global batch."""
+    """Return this process's rows of a global batch, as `own_rows` divides it."""
     rank, count = world()
-    share = ROWS // count
-    return rows[rank * share : (rank + 1) * share]
+    return rows[rank::count]
 
 
 class Loss(nn.Module):
@@ -176,7 +186,17 @@ def gradients(loss: Loss) -> dict[str, Tensor]:
     for _ in range(2):
         loss.zero_grad()
         run().backward()
-    return {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+
+
+def sharded_gradients(loss: Loss) -> dict[str, Tensor]:
+    """Return the gradients of the second of two steps of a map whose weights are shared out (FSDP2)."""
+    share_out(loss.network.network, init_device_mesh("cpu", (world()[1],)))
+    for _ in range(2):
+        loss.zero_grad()
+        loss().backward()
+    found = {name: p.grad for name, p in loss.network.named_parameters() if p.grad is not None}
+    return {f"network.{name}": whole(gradient) for name, gradient in found.items()}
 
 
 def prompts() -> list[str]:
@@ -216,9 +236,11 @@ METHODS: dict[str, FineTuning] = {
     "reward_distillation": RewardDistillation(Compositional("uniform")),
     "adapted_noise": AdaptedNoise(),
 }
+SHARDED_CASES = [("dit", name) for name in OBJECTIVES] + [("unet", "lagrangian"), ("unet", "esd")]
 METHOD_CASES = [
     (kind, name) for name in METHODS for kind in (("noise_adapter",) if name == "adapted_noise" else ("mlp", "lora"))
 ]
+SHARDED_METHODS = [(kind, name) for kind, name in METHOD_CASES if kind != "noise_adapter"]  # which is refused
 MAPS: dict[str, Callable[[], FlowMap]] = {"mlp": flow_map, "lora": with_lora, "noise_adapter": with_noise_adapter}
 
 
@@ -246,13 +268,26 @@ def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
 
 def all_gradients() -> Iterator[tuple[str, Tensor]]:
     for kind in NETWORKS:
-        for name in OBJECTIVES:
+        for name in core(OBJECTIVES):
             step = objective_step(name)
             for parameter, gradient in gradients(Loss(flow_map(kind), step, OBJECTIVES[name])).items():
                 yield f"gradient/{kind}/{name}/{parameter}", gradient
     for kind, name in METHOD_CASES:
+        if name not in core(METHODS):
+            continue
         for parameter, gradient in gradients(Loss(MAPS[kind](), tuning_step(name), METHODS[name])).items():
             yield f"gradient/{kind}/{name}/{parameter}", gradient
+
+
+def all_sharded() -> Iterator[tuple[str, Tensor]]:
+    """Yield the gradients of shared-out maps, where there are two processes to share them."""
+    if world()[1] != 2:
+        return
+    losses = {f"{kind}/{name}": (flow_map(kind), objective_step(name)) for kind, name in SHARDED_CASES}
+    losses |= {f"{kind}/{name}": (MAPS[kind](), tuning_step(name)) for kind, name in SHARDED_METHODS}
+    for case, (tuned, step) in losses.items():
+        for parameter, gradient in sharded_gradients(Loss(tuned, step)).items():
+            yield f"sharded/{case}/{parameter}", gradient
 
 
 def functions() -> Iterator[tuple[str, Tensor]]:
@@ -298,7 +333,7 @@ def steered() -> Iterator[tuple[str, Tensor]]:
     """Yield samples of every method, whose seeds are divided over the processes; populations divided too."""
     network, seeds = flow_map(), shard(list(range(5)))
     reward = as_reward(lambda images: images[..., :4].mean((1, 2, 3)))
-    for name, method in STEERING.items():
+    for name, method in core(STEERING).items():
         out = method(network, reward, prompts=[CAPTIONS[2]], seeds=seeds)
         yield f"own/steering/{name}", out.x0
         if isinstance(method, Populations):
@@ -329,8 +364,11 @@ def tilting() -> Iterator[tuple[str, Tensor]]:
 
 
 def compute() -> dict[str, Tensor]:
-    """Return everything by name; names that begin with own/ hold this process's rows."""
-    found = [*all_gradients(), *functions(), *steered(), *tilting()]
+    """Return everything by name, of four processes the core; names that begin with own/ hold this process's rows."""
+    if world()[1] > 2:
+        found = [*all_gradients(), *steered()]
+        return {name: tensor.detach().clone().contiguous() for name, tensor in found}
+    found = [*all_gradients(), *all_sharded(), *functions(), *steered(), *tilting()]
     return {name: tensor.detach().clone().contiguous() for name, tensor in found}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steerfm import finetuning, objectives, steering
 
+pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
 
 
@@ -28,27 +29,30 @@ def one() -> dict[str, Tensor]:
     return pair.compute()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Return what each of two processes computes."""
-    folder = tmp_path_factory.mktemp("pair")
+def together(count: int, folder: Path) -> list[dict[str, Tensor]]:
+    """Return what each of so many processes computes."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "pair.py"), str(rank), "2", str(folder)],
+            [sys.executable, str(HERE / "pair.py"), str(rank), str(count), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=540)
             assert process.returncode == 0, output
     finally:
         for process in processes:
             process.kill()
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return together(2, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,17 @@ def test_gradients_equal_those_of_one_process(kind: str, one: dict[str, Tensor],
     for found in two:
         for name in names:
             assert torch.allclose(found[name], one[name], rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("kind", [f"{n}/{m}" for n, m in (*pair.SHARDED_METHODS, *pair.SHARDED_CASES)])
+def test_gradients_of_shared_out_maps(kind: str, one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
+    """Forward mode goes through shared-out weights too: every objective and every method."""
+    names = [name for name in one if name.startswith(f"gradient/{kind}/network.")]
+    assert len(names) > 10
+    for found in two:
+        for name in names:
+            own = found[f"sharded/{name.removeprefix('gradient/')}"]
+            assert torch.allclose(own, one[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_what_is_gathered_is_everything_on_both(one: dict[str, Tensor], two: list[dict[str, Tensor]]) -> None:
@@ -95,6 +110,18 @@ def test_split_particles_are_those_of_one_process(one: dict[str, Tensor], two: l
             assert torch.allclose(found[name], one[name], rtol=1e-10, atol=1e-12), name
     for scheme in ("systematic", "stratified"):
         assert (one[f"split/{scheme}/sizes"] < 0.9 * 5).any()  # they were resampled
+
+
+@pytest.mark.slow
+def test_four_processes_compute_the_core_alike(one: dict[str, Tensor], tmp_path: Path) -> None:
+    four = together(4, tmp_path)
+    assert len({name.split("/")[2] for name in four[0] if name.startswith("gradient/")}) == 10
+    assert len(four[0]) > 200
+    for name in four[0]:
+        found = [each[name] for each in four]
+        if name.startswith("own/"):
+            found = [torch.cat(found)]
+        assert all(torch.allclose(each, one[name], rtol=1e-9, atol=1e-12) for each in found), name
 
 
 def test_nothing_public_is_left_out() -> None:

@@ -16,6 +16,7 @@ from trainers import digit_map
 from steerfm import Digits, FlowMapTraining, Lagrangian, PromptSeeds, SampleGrid, SteeredSampling
 from steerfm.distributed import blocks
 from steerfm.errors import ConfigError, RunError
+from steerfm.finetuning import NoiseAdapter
 from steerfm.modules.strategies import Replicated, Sharded
 from steerfm.networks import Critic, DiT, UNet
 from steerfm.objectives import Adversarial
@@ -56,6 +57,9 @@ def test_what_shares_of_weights_cannot_do_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path).fit(training(critic), Digits(8))
     with pytest.raises(ConfigError, match="Sampling goes with whole maps"):
         trainer(tmp_path).predict(SteeredSampling(digit_map()), PromptSeeds([""], 2))
+    adapted = NoiseAdapter(digit_map().network)(digit_map())
+    with pytest.raises(ConfigError, match="A noise adapter is called beside its map"):
+        trainer(tmp_path).fit(FlowMapTraining(adapted), Digits(8))
     module = LightningModule()
     module.layer = nn.Linear(2, 2)
     module.training_step = module.configure_optimizers = lambda *_: None
