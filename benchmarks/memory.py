@@ -269,6 +269,7 @@ def tuned(jumps: int, checkpointing: bool, folder: Path, model: Model, size: int
         flow_map, Preference(), method, adapter=LoRA(16), optimizer=partial(AdamW, lr=1e-4), micro_batch=1,
         consistency=None,
     )  # fmt: skip
+    module._monitor = lambda x0, work: None  # of every 25th step
     follow_fit(module, {"prompt": [""]}, course)
 
 
@@ -281,7 +282,8 @@ def distilled(checkpointing: bool, folder: Path, model: Model, size: int, course
 
 def steered(method: Any, folder: Path, model: Model, size: int, course: Course) -> None:
     """Draw one steered sample."""
-    module = SteeredSampling(loaded(folder, model, size, checkpointing=False), method, Preference())
+    kind = "velocity" if isinstance(method, LookAheadGuidance) else None
+    module = SteeredSampling(loaded(folder, model, size, kind=kind), method, Preference())
     follow_batch(module, {"prompt": [""], "seed": [0]}, course)
 
 

@@ -304,7 +304,12 @@ def _add_what_waits(trained: list[Any], callbacks: Iterable[Any], course: Course
     """Count what stays from the first step on and is made elsewhere: the average of the weights, DDP's buckets."""
     if any(isinstance(callback, EMA) for callback in callbacks):
         course.shapes.add("moving average", sum(p.numel() * max(4, p.itemsize) for p in trained))
-    if course.processes > 1 and "ddp" in str(course.trainer.get("strategy", "")).lower():
+    if course.processes > 1 and "Sharded" in str(course.trainer.get("strategy")):
+        course.notes[
+            f"Under FSDP each of the {course.processes} devices holds its share of weights, gradients and optimiser's "
+            "state, and one block's as a whole: they are counted as if each held all of them."
+        ] = None
+    elif course.processes > 1:
         course.shapes.add("DDP's buckets", sum(p.nbytes for p in trained))
 
 
