@@ -87,10 +87,13 @@ The taxonomy <docs/taxonomy>
 Data <docs/data>
 Conditions <docs/conditions>
 Pretrained models <docs/pretrained>
+Memory <docs/memory>
 Metrics <docs/metrics>
 Rewards <docs/rewards>
 Recipes <docs/recipes>
+Several processes <docs/scaling>
 Comparing runs <docs/comparing>
+Reliability <docs/reliability>
 Trust <docs/trust>
 Benchmarks <docs/benchmarks>
 ```
