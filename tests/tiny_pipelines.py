@@ -237,6 +237,7 @@ def ddim(**more: Any) -> Any:
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3,
+    "sd3-without-t5": lambda: sd3(third=False),
     "sd3.5": lambda: sd3(newer=True),
     "flux-dev": flux,
     "flux-schnell": lambda: flux(False),

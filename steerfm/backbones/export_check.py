@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerfm.backbones.export import LORA_NAME, equal_sigmas, jump_times
-from steerfm.backbones.families import packed
+from steerfm.backbones.families import family_of, packed
 from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.errors import CheckpointError
 from steerfm.flow_map import FlowMap, declared
@@ -36,8 +36,9 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles, ju
     times = [1.0, 0.0] if jumps is None else jump_times(view, jumps)
     ours = view.decode(few_jumps(view.with_guidance(1.0), x1, times, view.encode_prompts(list(PROMPTS))))
     pipeline = library("diffusers").DiffusionPipeline.from_pretrained(
-        files.source, revision=files.revision, variant=files.variant, use_safetensors=True, torch_dtype=model.dtype
-    )
+        files.source, revision=files.revision, variant=files.variant, use_safetensors=True, torch_dtype=model.dtype,
+        **dict.fromkeys(parts_left_out(files)),
+    )  # fmt: skip
     if (Path(folder) / LORA_NAME).is_file():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_NAME)
     else:
@@ -52,6 +53,12 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles, ju
             f"and rounding explains {most:g}. Keep the map as steerfm saved it, and report this."
         )
     return gap
+
+
+def parts_left_out(files: PipelineFiles) -> list[str]:
+    """Return the parts that a pipeline was saved without, which diffusers wants to be told of."""
+    family = family_of(files.index())
+    return [part for name in family.optional for part in (name, family.texts[name]) if not files.has(part)]
 
 
 def painted(pipeline: Any, flow_map: FlowMap, x1: Tensor, jumps: int | None = None) -> Tensor:

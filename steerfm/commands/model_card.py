@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from steerfm.backbones.export import equal_sigmas
+from steerfm.backbones.export_check import parts_left_out
 from steerfm.backbones.lora import LoRANetwork
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.flow_map import FlowMap, declared
@@ -89,7 +90,8 @@ def _figures(run: Run) -> list[str]:
 
 def _loading(files: PipelineFiles, flow_map: FlowMap, jumps: int | None) -> list[str]:
     """Return the lines that load it into plain diffusers."""
-    source = [f'pipeline = DiffusionPipeline.from_pretrained("{files.source}")']
+    left_out = "".join(f", {part}=None" for part in parts_left_out(files))
+    source = [f'pipeline = DiffusionPipeline.from_pretrained("{files.source}"{left_out})']
     if isinstance(flow_map.network, LoRANetwork) and jumps is None:
         return [
             "from diffusers import DiffusionPipeline",

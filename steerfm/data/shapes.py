@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,20 @@ class Shapes(StepDataModule):
         return say(description, rng) if self.wordings else plain(description)
 
 
-def shape_prompts(n: int, count: int | None = None, split: str = "held_out", seed: int = 0) -> list[str]:
-    """Return n prompts of held-out scenes, in varied wordings, of `count` objects (None: 1 to 3)."""
+def shape_prompts(
+    n: int, count: int | None = None, split: str = "held_out", seed: int = 0, distinct: bool = False
+) -> list[str]:
+    """Return n prompts of held-out scenes, in varied wordings, of `count` objects (None: 1 to 3).
+
+    distinct: none of them twice, as comparisons want. Raises ConfigError where there are not so many.
+    """
     rng = generator(PROMPT_SEED + seed, "data")
-    scenes = [sample_scene(rng, count, split) for _ in range(n)]
-    return [say(describe(scene, rng), rng) for scene in scenes]
+    drawn = [sample_scene(rng, count, split) for _ in range(50 * n if distinct else n)]
+    prompts = (say(describe(scene, rng), rng) for scene in drawn)
+    found = list(itertools.islice(dict.fromkeys(prompts), n)) if distinct else list(prompts)
+    if len(found) < n:
+        raise ConfigError(f"There are not {n} prompts that differ: {len(found)} were found, so ask for fewer.")
+    return found
 
 
 def shape_pictures(n: int = 2000, count: int | None = None, size: int = 32, split: str = "held_out") -> Tensor:

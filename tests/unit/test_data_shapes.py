@@ -26,8 +26,9 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) 
     for rank in range(2):
         monkeypatch.setattr(batches, "world", lambda rank=rank: (rank, 2))
         shares.append(Shapes(12, seed=3).batch(5))
-    assert torch.equal(torch.cat([share["x0"] for share in shares]), first["x0"])
-    assert [prompt for share in shares for prompt in share["prompt"]] == first["prompt"]
+    for rank, share in enumerate(shares):
+        assert torch.equal(share["x0"], first["x0"][rank::2])
+        assert share["prompt"] == first["prompt"][rank::2]
 
 
 def test_batches_never_change() -> None:
@@ -94,3 +95,11 @@ def test_a_scene_to_be_measured_is_held_out_and_its_own():
         (scene,) = parse(picture[None])
         assert len(scene) == 2
         assert is_held_out([(item.color, item.shape) for item in scene])
+
+
+def test_prompts_that_differ() -> None:
+    assert len(set(shape_prompts(100, 1))) < 100
+    prompts = shape_prompts(100, 1, distinct=True)
+    assert len(set(prompts)) == 100 and prompts == shape_prompts(100, 1, distinct=True)
+    with pytest.raises(ConfigError, match="not 1000 prompts that differ"):
+        shape_prompts(1000, 1, distinct=True)

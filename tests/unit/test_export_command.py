@@ -51,7 +51,9 @@ def saved(loader: Any, name: str, folder: Path) -> Path:
     return run.folder
 
 
-@pytest.mark.parametrize(("name", "merged"), [("sd3", False), ("sd3", True), ("lcm", False), ("sdxl-turbo", False)])
+@pytest.mark.parametrize(
+    ("name", "merged"), [("sd3", False), ("sd3-without-t5", True), ("lcm", False), ("sdxl-turbo", False)]
+)
 def test_what_is_exported_paints_the_same_in_plain_diffusers(
     loader: Any, tmp_path: Path, name: str, merged: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
