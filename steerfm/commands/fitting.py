@@ -75,8 +75,11 @@ def last_good(run: Run) -> Path | None:
 def check_whole(path: Path) -> None:
     """Raise CheckpointError if a checkpoint is cut off, is none, or holds other bytes than were written."""
     read_checkpoint(path)
-    with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
-        broken = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+            broken = archive.testzip()
+    except Exception as error:  # as in read_checkpoint
+        raise CheckpointError(f"{path} is damaged ({error}): use an earlier one.") from error
     if broken is not None:
         raise CheckpointError(f"{path} is damaged (the check sum of {broken} is another): use an earlier one.")
 
