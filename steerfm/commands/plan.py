@@ -113,15 +113,16 @@ def _followed_fit(course: Course) -> Any:
     with shapes:
         module = _in_precision(recipe.build("module"), course)
         callbacks = (recipe.build("callbacks") or {}).values()
-        follow_fit(module, batch, course, callbacks)
+        kept = follow_fit(module, batch, course, callbacks)  # its state stays
         _validated(module, data, course)
         for callback in callbacks:
             _drawn(callback, module, shapes)
+        del kept
     return module
 
 
-def follow_fit(module: Any, batch: Any, course: Course, callbacks: Iterable[Any] = ()) -> None:
-    """Let a module that was built inside `course.shapes` take two steps on a batch, inside them."""
+def follow_fit(module: Any, batch: Any, course: Course, callbacks: Iterable[Any] = ()) -> Any:
+    """Let a module that was built inside `course.shapes` take two steps on a batch; return its optimiser."""
     shapes, trainer = course.shapes, stand_in(course)
     _watch(module, course)
     module.trainer, module.log, module.log_dict = trainer, _nothing, _nothing
@@ -140,6 +141,7 @@ def follow_fit(module: Any, batch: Any, course: Course, callbacks: Iterable[Any]
         module.on_train_batch_end(None, batch, i)
         if i == 0:
             _add_what_waits(trained, callbacks, course)
+    return optimizer
 
 
 def _step(module: Any, batch: Any, optimizer: Any, course: Course, accumulated: bool) -> None:
@@ -215,6 +217,7 @@ def _watch(module: Any, course: Course) -> None:
         for guest in guests:
             hold(kind, _held(guest.module))
             _scored_on_shapes(guest.module, course)
+    shapes.peak, shapes.peaks = Peak(), {}  # what was made while the module was built is no part of it
     if flow_map is None:
         return
     flow_map.guidance_interval = EVERYWHERE  # the peak is where guidance acts
@@ -395,12 +398,23 @@ def no_weights() -> Iterator[None]:
 
 def _unfilled(files: PipelineFiles, part: str, kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """Return a part of a pipeline without its weights; reading it is what `PipelineFiles` does."""
-    with files._telling(part), torch.inference_mode(False), _quiet():
+    with files._telling(part), torch.inference_mode(False), _quiet(), _made_in(dtype):
         if kind.__module__.startswith("diffusers."):
             model = kind.from_config(files.config(part))
         else:
             model = kind(kind.config_class.from_pretrained(files.source, **options))
         return model.to(dtype).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Make weights in this type at once inside the block, as reading them does."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

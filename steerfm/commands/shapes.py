@@ -203,7 +203,7 @@ class Shapes(TorchDispatchMode):
         self.kinds[kind] = self.kinds.get(kind, 0) + size
         phase = "backward" if torch._C._current_graph_task_id() != -1 else self._phases[-1]
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.alive)
-        if self.alive > self.peak.size:
+        if self.alive >= self.peak.size:
             self.peak = Peak(self.alive, phase, dict(self.kinds))
 
 
