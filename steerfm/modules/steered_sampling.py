@@ -88,7 +88,7 @@ class SteeredSampling(lightning.LightningModule):
         pictures = samples.x0.ndim == 4 and samples.x0.shape == samples.images.shape
         unclamped = to_unit(samples.x0) if pictures else samples.images
         outside = None
-        open_ended = reward is not None and reward.differentiable and not any(part.bounded for part in parts_of(reward))
-        if open_ended and (unclamped != samples.images).any():
+        bounded = reward is None or not reward.differentiable or any(part.bounded for part in parts_of(reward))
+        if not bounded and (unclamped != samples.images).any():
             outside = reward(unclamped, samples.prompts).total
         return replace(samples, held_out=held_out, rewards_unclamped=outside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -108,7 +109,7 @@ def test_every_recipe_of_pretrained_models_is_run_here() -> None:
 def test_the_guide_s_commands_compose(studio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(studio)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import rehearsal
+    rehearsal: Any = importlib.import_module("rehearsal")
 
     found = [shlex.split(line) for line in rehearsal.commands(rehearsal.GUIDE.read_text())]
     assert len(found) > 8
