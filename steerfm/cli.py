@@ -19,6 +19,7 @@ EXTRAS = {
     "peft": "diffusers",
     "accelerate": "diffusers",
     "torchao": "quantised",
+    "submitit": "slurm",
     "trl": "trl",
     "wandb_workspaces": "report",
     "pandas": "report",

@@ -56,7 +56,8 @@ class PipelineNetwork(nn.Module):
         self.velocity_only = not self.partial
         self.model: Any = files.part(self.family.network).requires_grad_(True)
         control = self.family.control
-        self._control: tuple[Any, ...] = () if control is None else (files.part(control),)  # frozen, and no part of what is saved
+        held: tuple[Any, ...] = () if control is None else (files.part(control),)
+        self._control = held  # frozen, and no part of what is saved
         config = self.model.config
         self.guidance_input = self.family.guidance_input(config)
         shrink = vae_scale(files.config("vae"))

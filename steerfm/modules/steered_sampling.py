@@ -88,7 +88,11 @@ class SteeredSampling(lightning.LightningModule):
         pictures = samples.x0.ndim == 4 and samples.x0.shape == samples.images.shape
         unclamped = to_unit(samples.x0) if pictures else samples.images
         outside = None
-        bounded = reward is None or not reward.differentiable or any(part.bounded for part in parts_of(reward))
-        if not bounded and (unclamped != samples.images).any():
+        if _scores_beyond(reward) and (unclamped != samples.images).any():
             outside = reward(unclamped, samples.prompts).total
         return replace(samples, held_out=held_out, rewards_unclamped=outside)
+
+
+def _scores_beyond(reward: Any) -> bool:
+    """Say whether a reward scores pictures that leave [0, 1]."""
+    return reward is not None and reward.differentiable and not any(part.bounded for part in parts_of(reward))
