@@ -14,9 +14,16 @@ from steerfm.cli import main
 
 log = logging.getLogger(__name__)
 
-RUNS = {
+RUNS = {  # two checkpoints each
     "digits": ["train", "recipe=digits", "trainer.max_steps=400"],
-    "digits_finetune": ["finetune", "recipe=digits_finetune", "trainer.max_steps=50", "map=runs/digits"],
+    "digits_clip": ["train", "recipe=digits_clip", "trainer.max_steps=200"],
+    "digits_finetune": [
+        "finetune",
+        "recipe=digits_finetune",
+        "trainer.max_steps=50",
+        "map=runs/digits",
+        "clip=runs/digits_clip/clip",
+    ],
 }
 
 
