@@ -17,10 +17,13 @@ SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 SEALED = (  # what imports by name, runs a command, opens a port, asks an address, or writes or moves files
     "steerfm.backbones.export",
     "steerfm.backbones.export_check",
+    "steerfm.backbones.hub",
     "steerfm.backbones.lora_files",
     "steerfm.backbones.pipeline_files",
     "steerfm.building",
+    "steerfm.callbacks.checkpoints.Checkpoints",
     "steerfm.callbacks.sample_grid.keep_picture",
+    "steerfm.callbacks.stop_on_signal",
     "steerfm.checking",
     "steerfm.cli",
     "steerfm.commands",

@@ -16,6 +16,7 @@ from steerfm.commands import common, loggers
 from steerfm.commands.submitting import carried_out
 from steerfm.config import Composed
 from steerfm.errors import CheckpointError
+from steerfm.names import checked_name
 from steerfm.runs import Run
 from steerfm.saving import read_checkpoint
 
@@ -36,13 +37,14 @@ def fit(recipe: Composed) -> Path:
     whose text says how to continue.
     """
     values = recipe.values
+    save_as = checked_name(values["save_as"], "name for what is saved")
     with common.running(recipe) as run, loggers.opened(recipe, run) as logger:
         seed_everything(values["seed"], workers=True, verbose=False)
         module, data = recipe.build("module"), recipe.build("data")
         trainer = _trainer(recipe, run, logger)
         with common.interruptible(run):
             trainer.fit(module, data, ckpt_path=last_good(run), weights_only=True)
-        saved = run.folder / values["save_as"]
+        saved = run.folder / save_as
         if trainer.is_global_zero:
             module.save(saved)
         run.finish({name: float(value) for name, value in trainer.callback_metrics.items()})

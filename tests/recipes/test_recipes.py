@@ -117,3 +117,9 @@ def test_every_stage_of_a_demo_is_checked(name: str, here: Path):
     for stage in demo.read(name, LIBRARY):
         overrides = [f"recipe={stage.recipe}", f"name={stage.name}", *stage.overrides]
         assert config.compose(stage.command, overrides).values["name"] == stage.name
+
+
+def test_what_is_saved_stays_in_the_run(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(tiny("digits", "save_as=../../elsewhere", "name=outside")) == 2
+    assert "'../../elsewhere' is no name for what is saved" in " ".join(capsys.readouterr().err.split())
+    assert not (here.parent / "elsewhere").exists()

@@ -57,6 +57,9 @@ def test_what_makes_an_object_can_be_named():
     "target",
     [
         "steerfm.backbones.pipeline_files.library",  # imports what it is told to
+        "steerfm.backbones.hub.push",  # uploads
+        "steerfm.callbacks.Checkpoints",  # deletes checkpoints in its folder
+        "steerfm.callbacks.StopOnSignal",  # runs scontrol
         "steerfm.files.write_atomic",
         "steerfm.images.save_png",
         "steerfm.provenance.git_state",  # runs git in a folder
