@@ -69,7 +69,7 @@ class Checkpoints(Checkpoint):
         """Write a checkpoint of the present step, which every process must do together, and return its path."""
         step = trainer.global_step
         path = self.folder / f"step={step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # with the state of the optimiser
         self.saved = step
         if trainer.is_global_zero:
             _point(self.folder / "last.ckpt", path)
