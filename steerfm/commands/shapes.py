@@ -165,7 +165,8 @@ class Shapes(TorchDispatchMode):
             return type(like)([self._made(each, answer) for each in like])
         if not isinstance(like, Tensor):
             return like
-        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        with _unfilled():
+            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         if made.numel() <= SMALL:
             made.zero_()  # somebody may print it
         block = self._block(made)
@@ -256,3 +257,14 @@ def _large(made: Any) -> bool:
 
 def _is_write(returned: Any) -> bool:
     return returned.alias_info is not None and returned.alias_info.is_write
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Let memory that is asked for stay untouched where deterministic algorithms would fill it."""
+    settings: Any = torch.utils.deterministic
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before

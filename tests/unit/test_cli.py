@@ -40,12 +40,17 @@ def test_values_may_stand_on_both_sides_of_options():
     assert (arguments.trust, arguments.recipes) == (["mine"], ["r"])
 
 
-@pytest.mark.parametrize("argv", [["train", "recipe=a", "--fob"], ["env", "x=1"], ["train", "a=1", "--fob", "b=2"]])
+@pytest.mark.parametrize("argv", [["train", "recipe=a", "--fob"], ["demo", "--x=1"], ["train", "a=1", "--fob", "b=2"]])
 def test_unknown_arguments_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         parse(argv)
     assert stop.value.code == 2
     assert "unknown arguments" in capsys.readouterr().err
+
+
+def test_values_of_no_recipe_are_refused(capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "env", "x=1")
+    assert code == 2 and "'x=1' is a value of a recipe: steerfm env --plan" in err
 
 
 def test_recipes_are_listed_with_what_to_type(workplace: Path, capsys: pytest.CaptureFixture[str]):

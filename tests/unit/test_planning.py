@@ -61,15 +61,25 @@ def test_optimisers_forward_mode_and_autocast_run_on_shapes():
         assert query.grad is not None and query.grad.shape == query.shape
 
 
-def test_a_network_of_any_size_runs_in_no_memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+@pytest.mark.parametrize("deterministic", [False, True])  # which fills memory that is asked for
+def test_a_network_of_any_size_runs_in_no_memory(deterministic: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before, was = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        _run_a_large_network()
+    finally:
+        torch.use_deterministic_algorithms(was)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 300 * 1024  # KiB
+
+
+def _run_a_large_network() -> None:
     with Shapes() as shapes:
         network = nn.Sequential(*(nn.Linear(2**15, 2**15, bias=False) for _ in range(8))).bfloat16()
         assert shapes.hold("weights", network.parameters()) == 8 * 2**31
         network(torch.randn(2**12, 2**15).bfloat16()).square().mean().backward()
         assert shapes.peak.size > 2 * 8 * 2**31  # 16 GiB of weights, and as many of gradients
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 300 * 1024  # KiB
 
 
 def test_questions_are_answered_as_a_healthy_run_does_and_small_tensors_have_values():
