@@ -69,11 +69,13 @@ docs: $(STAMP)  ## build the guide and the API reference into build/docs, and ru
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 
-bench: $(STAMP)  ## speed and quality, one table a script (an hour; each can be run alone)
+bench: $(STAMP)  ## speed and quality, one table a script (hours; each can be run alone)
 	@for script in benchmarks/*.py; do \
 	  case "$$script" in \
 	    */landscape.py|*/steering_exact.py|*/steering_learnt.py|*/finetuning_exact.py) mode=--fast ;; \
 	    */steering_cost.py) mode="digits --fast" ;; \
+	    */rehearsal.py) mode="run --in build/rehearsal" ;; \
+	    */scaling.py) mode=throughput ;; \
 	    *) mode= ;; \
 	  esac; \
 	  echo "== $$script $$mode"; $(BIN)/python "$$script" $$mode || exit 1; \
