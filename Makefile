@@ -55,9 +55,9 @@ fuzz: $(STAMP)  ## damaged recipes, prompt files, checkpoints, requests and run 
 	STEERFM_FUZZ=$(INPUTS) $(BIN)/python -m pytest tests/fuzz --durations=0
 
 # --strict: a release that the service does not know is an error, and no clean bill.
-audit: $(STAMP)  ## known vulnerabilities of the versions in constraints.txt (asks pypi.org)
+audit: $(STAMP)  ## known vulnerabilities of the versions in constraints.txt (asks the Python package index)
 	@$(BIN)/uv tool run --quiet --with pip pip-audit@2.10.1 --strict --disable-pip --no-deps -r constraints.txt \
-	  || { echo "Either a release above has a known fault, or pypi.org did not say. Fix: raise its least version in pyproject.toml and make constraints; or ask from a machine that reaches https://pypi.org/pypi/NAME/VERSION/json" >&2; exit 1; }
+	  || { echo "Either a release above has a known fault, or the Python package index did not say. Fix: raise its least version in pyproject.toml and make constraints; or ask from a machine that reaches the index itself, not a mirror" >&2; exit 1; }
 
 lint: $(STAMP)  ## formatting, style, types, and who may import whom
 	$(BIN)/ruff format --check .
