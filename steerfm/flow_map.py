@@ -283,7 +283,7 @@ class FlowMap(nn.Module):
         source, dtype = os.fspath(source), str(dtype).removeprefix("torch.")
         alike: dict[str, Any] = {
             "guidance_scale": guidance_scale,
-            "text_files": text_files,
+            "text_files": None if text_files is None else os.fspath(text_files),
             "checkpointing": checkpointing,
         }
         built: dict[str, Any] = {

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_folder(workplace: Path) -> Path:
     """Return ``runs/test`` in an empty current directory; the folder itself is not made."""
     return workplace / "runs" / "test"
+
+
+@pytest.fixture(scope="session")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what writes small pipelines of diffusers' classes, each once, and loads them; no test changes them."""
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import Loader
+
+    return Loader(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ steerfm saved. A map so loaded samples, steers and is fine-tuned as any other.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +40,7 @@ def load_pipeline(
     negative_prompt: str | None = None,
     text_length: int | None = None,
     text_device: str | None = None,
-    text_files: str | os.PathLike[str] | None = None,
+    text_files: str | None = None,
     tiling: bool = False,
     slicing: bool = False,
     offload: bool = False,
@@ -59,9 +58,7 @@ def load_pipeline(
     if guidance_scale is None:
         guided = network.guidance_input or (family.free and not network.partial)
         guidance_scale = usual_guidance(getattr(library("diffusers"), index["_class_name"])) if guided else 1.0
-    conditioner = PipelinePrompts(
-        files, negative_prompt, text_length, text_device, None if text_files is None else os.fspath(text_files)
-    )
+    conditioner = PipelinePrompts(files, negative_prompt, text_length, text_device, text_files)
     flow_map = cls(
         network,
         path=network.conversion.path,
@@ -81,7 +78,7 @@ def opened(
     others: Sequence[str] = (),
     *,
     guidance_scale: float | None = None,
-    text_files: str | os.PathLike[str] | None = None,
+    text_files: str | None = None,
     checkpointing: bool = False,
     dtype: str = "float32",
 ) -> FlowMap:
@@ -100,12 +97,21 @@ def opened(
         flow_map.to(DTYPES[dtype])
     if guidance_scale is not None:
         flow_map.guidance_scale = guidance_scale
-    conditioner, model = flow_map.conditioner, declared(flow_map.network, "model")
-    if text_files is not None and isinstance(conditioner, PipelinePrompts):
-        flow_map.conditioner = conditioner.keeping(text_files)
+    if text_files is not None:
+        flow_map.conditioner = _keeping(flow_map.conditioner, text_files, source)
+    model = declared(flow_map.network, "model")
     if checkpointing and model is not None:
         model.enable_gradient_checkpointing()
     return flow_map
+
+
+def _keeping(conditioner: Any, text_files: str, source: str) -> Any:
+    """Return a conditioner that keeps what prompts were read as; a ControlNet's pictures have one inside."""
+    if isinstance(conditioner, PipelinePrompts):
+        return conditioner.keeping(text_files)
+    if isinstance(conditioner, Pictures):
+        return Pictures(conditioner.channels, conditioner.size, _keeping(conditioner.captions, text_files, source))
+    raise ConfigError(f"{source} reads prompts without a pipeline's encoders, and keeps none: leave text_files out.")
 
 
 def unquantised(flow_map: FlowMap) -> FlowMap:
@@ -137,7 +143,7 @@ class Encoders(NamedTuple):
 def encoders(
     source: str,
     *,
-    text_files: str | os.PathLike[str],
+    text_files: str | None = None,
     size: int | Sequence[int] | None = None,
     dtype: str | torch.dtype = "float32",
     revision: str | None = None,
@@ -153,7 +159,7 @@ def encoders(
     family = family_of(files.index())
     config, shrink = files.config(family.network), vae_scale(files.config("vae"))
     shape = picture_size(size, SimpleNamespace(**config), shrink, 2 if family.packed else 1)
-    conditioner = PipelinePrompts(files, None, text_length, device, os.fspath(text_files))
+    conditioner = PipelinePrompts(files, None, text_length, device, text_files)
     return Encoders(PipelineCodec(files), conditioner, shape)
 
 
@@ -169,13 +175,18 @@ def scheduler_times(flow_map: FlowMap, steps: int, **options: Any) -> list[float
     return grid_of(scheduler, conversion, steps, **{**_shifted(flow_map, scheduler, steps), **options})
 
 
+def equal_sigmas(steps: int) -> list[float]:
+    """Return the sigmas that a rectified flow's pipeline is told for equal steps, which its scheduler then shifts."""
+    return [1 - i / steps for i in range(steps)]
+
+
 def _shifted(flow_map: FlowMap, scheduler: Any, steps: int) -> dict[str, Any]:
     """Return what pipelines tell a flow's scheduler besides the number of steps."""
     config, shape = scheduler.config, flow_map.data_shape
     family = declared(flow_map.network, "family")
     options: dict[str, Any] = {}
     if family.packed:  # FLUX's sigmas fall in equal steps from 1, and are then shifted
-        options["sigmas"] = [1 - i / steps for i in range(steps)]
+        options["sigmas"] = equal_sigmas(steps)
     if config.get("use_dynamic_shifting"):
         patch = 2 if family.packed else int(declared(flow_map.network, "model").config.patch_size)
         tokens = (shape[1] // patch) * (shape[2] // patch)

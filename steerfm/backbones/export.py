@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from steerfm.backbones.diffusers import scheduler_times
+from steerfm.backbones.diffusers import equal_sigmas, scheduler_times
 from steerfm.backbones.lora import NAME, LoRANetwork, lora_of, merged, without_lora
 from steerfm.backbones.pipeline_network import PipelineNetwork
 from steerfm.backbones.two_times import at_jumps
@@ -68,11 +68,6 @@ def export_diffusers(flow_map: FlowMap, folder: str | Path, jumps: int | None = 
     named = {f"{family.network}.{name}": tensor for name, tensor in tensors.items()}
     write_atomic(folder / LORA_NAME, serialise(named, {"format": "pt"}))
     return folder
-
-
-def equal_sigmas(jumps: int) -> list[float]:
-    """Return the sigmas that a pipeline is told for so many jumps, which its scheduler then shifts."""
-    return [1 - i / jumps for i in range(jumps)]
 
 
 def jump_times(flow_map: FlowMap, jumps: int) -> list[float]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.backbones.export import LORA_NAME, equal_sigmas, jump_times
+from steerfm.backbones.diffusers import equal_sigmas
+from steerfm.backbones.export import LORA_NAME, jump_times
 from steerfm.backbones.families import family_of, packed
 from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.errors import CheckpointError

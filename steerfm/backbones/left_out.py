@@ -25,17 +25,14 @@ class LeftOut:
     """Leave out of a network's state dict what is as published, and do without it on loading.
 
     inside: the name of the module that was read. source: where from, for the error: loading raises CheckpointError
-    where that holds other weights now. digests: of the weights as they were published, where they have been quantised
-    since. A copy of the network has parameters of its own, and saves them.
+    where that holds other weights now. digests: of the weights as they were published (`digests_of`), before they were
+    quantised, say. A copy of the network has parameters of its own, and saves them.
     """
 
-    def __init__(
-        self, network: nn.Module, inside: str, source: str, digests: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, inside: str, source: str, digests: Mapping[str, Tensor]) -> None:
         self.inside, self.source = inside, source
         read = network.get_submodule(inside)
-        told = digests_of(read) if digests is None else digests
-        self.known = {id(each): (_state(each), told[name]) for name, each in read.named_parameters()}
+        self.known = {id(each): (_state(each), digests[name]) for name, each in read.named_parameters()}
         self.wanted: tuple[str, Tensor] | None = None
         network.register_state_dict_post_hook(partial(self._drop))  # PyTorch marks it, and a method takes no mark
         network.register_load_state_dict_pre_hook(self._begin)

@@ -162,7 +162,11 @@ def library(name: str) -> Any:
     import importlib
 
     try:
-        return importlib.import_module(name)
+        with _quiet():
+            found = importlib.import_module(name)
+            if name == "diffusers":  # it imports torchao here where that is installed, which has much to say
+                importlib.import_module("diffusers.quantizers")
+        return found
     except ModuleNotFoundError as error:
         raise missing_package(name, "diffusers", "A pretrained model") from error
 
@@ -175,8 +179,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries from listing weights of the parts that are left out."""
-    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    """Keep the libraries from listing weights of the parts that are left out, and how their own parts fit together."""
+    loggers = [logging.getLogger(name) for name in (*LIBRARIES, "torch.utils._pytree")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)

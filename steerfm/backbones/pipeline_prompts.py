@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -58,9 +57,9 @@ class PipelinePrompts(nn.Module):
         """Return the null condition for n samples: the negative prompt."""
         return self._condition([self._null()]).repeat_interleave(n)
 
-    def keeping(self, folder: str | os.PathLike[str]) -> PipelinePrompts:
+    def keeping(self, folder: str) -> PipelinePrompts:
         """Return the same with what prompts were read as kept in `folder`."""
-        made = PipelinePrompts(self._reader.files, self.negative_prompt, self.length, self.device, os.fspath(folder))
+        made = PipelinePrompts(self._reader.files, self.negative_prompt, self.length, self.device, folder)
         return made.to(self.place.device)
 
     def keep(self, prompts: Sequence[str]) -> int:

@@ -1,5 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped: written whole, with the random state, at the right
-moment."""
+"""Checkpoints from which a run goes on as if it had never stopped: whole, in time, and with the random state."""
 
 from __future__ import annotations
 

@@ -39,9 +39,7 @@ def cache(recipe: Composed) -> Path:
                 f"The model's pictures have {encoders.size[0]} x {encoders.size[1]} pixels and the data's {height} x "
                 f"{width}: set the one or the other, by data.size= or encoders.size=."
             )
-        folder = cache_latents(
-            encoders.codec, data, run.folder / "latents", device=device, **recipe.values["latents"]
-        )  # fmt: skip
+        folder = cache_latents(encoders.codec, data, run.folder / "latents", device=device, **recipe.values["latents"])
         latents = Latents(folder, verify=False)
         encoders.conditioner.keep(latents.captions)
         run.finish({"pictures": latents.count, "prompts": len(set(latents.captions))})

@@ -57,17 +57,18 @@ def facts() -> Iterator[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             yield package, "not installed"
     yield "cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
-    yield "memory", _memory()
+    memory = machine_memory()
+    yield "memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"
     yield from _devices()
     yield "W&B", resolve_mode()
 
 
-def _memory() -> str:
-    """Return the machine's memory in GiB, where the system tells."""
+def machine_memory() -> int | None:
+    """Return the machine's memory in bytes, None where the system does not tell."""
     try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return "unknown"
+        return None
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from steerfm.backbones.export import equal_sigmas
+from steerfm.backbones.diffusers import equal_sigmas
 from steerfm.backbones.export_check import parts_left_out
 from steerfm.backbones.lora import LoRANetwork
 from steerfm.backbones.pipeline_files import PipelineFiles

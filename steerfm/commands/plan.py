@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from steerfm.backbones.pipeline_files import PipelineFiles, _quiet
 from steerfm.callbacks import EMA, GuardRails, SampleGrid
+from steerfm.commands.env import machine_memory
 from steerfm.commands.shapes import Peak, Shapes
 from steerfm.conditions.guidance import EVERYWHERE
 from steerfm.config import Composed
@@ -490,7 +491,7 @@ def fit(made: Plan, on_gpu: bool) -> str:
     """Return one sentence: whether the peak fits the device, and what to lower first where it does not."""
     need, lower = made.peak.size, f" Lower first: {'; then '.join(made.remedies)}."
     if not on_gpu:
-        have, name = _memory(), "this machine's memory"
+        have, name = machine_memory(), "this machine's memory"
     elif torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         have, name = int(device.total_memory * (1 - RESERVE)), f"{device.name}, nine tenths of its memory"
@@ -504,15 +505,6 @@ def fit(made: Plan, on_gpu: bool) -> str:
     return f"It fits: {_written(have)} is {name}." if need <= have else (
         f"It does not fit: {_written(have)} is {name}.{lower}"
     )  # fmt: skip
-
-
-def _memory() -> int | None:
-    import os
-
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _written(size: float) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from steerfm.conditions.pictures import MAX_PIXELS
 from steerfm.report.compare import Comparison
 from steerfm.report.sources import FORMATS, UNREADABLE, Source
 
-MOST_PIXELS = 2**26
 TINY_SIDE = 64  # pictures up to this size are enlarged with their pixels visible
 MOST_PROMPTS = 8
 MOST_SEEDS = 12
@@ -59,7 +59,7 @@ def read_picture(path: Path | None) -> np.ndarray | None:
         return None
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 return None
             return np.asarray(image.convert("RGB"))
     except UNREADABLE:

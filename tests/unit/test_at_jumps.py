@@ -23,11 +23,6 @@ pytest.importorskip("diffusers")
 tiny: Any = pytest.importorskip("tiny_pipelines")
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 def taught(flow_map: FlowMap) -> FlowMap:
     """Return a map with a second time that matters, as training leaves it."""
     told = two_times(flow_map)

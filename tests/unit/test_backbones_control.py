@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from steerfm import BestOfN, RewardFineTuning, Unsteered
+from steerfm import BestOfN, RewardFineTuning, Unsteered, zoo
 from steerfm.backbones import LoRA
 from steerfm.backbones.diffusers import scheduler_times
 from steerfm.cli import main
+from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.seeds import noise
 
@@ -21,11 +22,6 @@ pytest.importorskip("diffusers")
 tiny: Any = pytest.importorskip("tiny_pipelines")
 
 SEEDS = [3, 11]
-
-
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture
@@ -90,3 +86,12 @@ def test_it_is_steered_tuned_saved_and_exported(
     torch.testing.assert_close(again.look_ahead(x, 1.0, again.encode_prompts(prompts)), wanted, rtol=1e-5, atol=1e-5)
     assert main(["export", str(tmp_path / "map"), str(tmp_path / "out")]) == 0
     assert "paints the same" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_its_prompts_are_read_as_is_kept(loader: Any, tmp_path: Path) -> None:
+    loader.map("sd-control").save(tmp_path / "map")
+    found = FlowMap.from_pretrained(tmp_path / "map", text_files=tmp_path / "texts")
+    found.encode_prompts(["a red circle"])
+    assert len(list((tmp_path / "texts").rglob("*.safetensors"))) == 1
+    with pytest.raises(ConfigError, match="leave text_files out"):
+        FlowMap.from_pretrained(zoo.folder("shapes32"), text_files=tmp_path / "texts")

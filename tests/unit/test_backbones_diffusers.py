@@ -26,11 +26,6 @@ SEEDS = [3, 11]
 CLOSE = 1e-3  # the largest difference of a pixel
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 def theirs(pipeline: Any, flow_map: FlowMap, steps: int | None, start: float = 1.0, **options: Any) -> Tensor:
     """Return the pictures that a pipeline makes of the initial noise of SEEDS, and of `noises` at its steps."""
     x1 = noise_of(flow_map) * start

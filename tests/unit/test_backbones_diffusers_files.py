@@ -30,11 +30,6 @@ PROMPTS = ["a red circle", "the blue square"]
 SEEDS = [3, 11]
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 @pytest.fixture
 def folder(loader: Any, tmp_path: Path) -> Path:
     """Return a copy of SD3's folder that a test may damage."""

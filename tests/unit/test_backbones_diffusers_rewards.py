@@ -38,11 +38,6 @@ every_partial = pytest.mark.parametrize("name", PARTIAL)
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
-@pytest.fixture(scope="module")
 def reward(tmp_path_factory: pytest.TempPathFactory) -> CLIPScore:
     return CLIPScore(f"local-dir:{save_open_clip(tmp_path_factory.mktemp('clip'))}")
 

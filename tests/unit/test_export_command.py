@@ -22,11 +22,6 @@ from steerfm.runs import Run
 tiny: Any = pytest.importorskip("tiny_pipelines")
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 def tuned(loader: Any, name: str) -> FlowMap:
     """Return a map with LoRA that has been moved, as training moves it."""
     flow_map = LoRA(2)(loader.map(name, guidance_scale=1.0))

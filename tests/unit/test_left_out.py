@@ -24,11 +24,6 @@ pytest.importorskip("diffusers")
 tiny: Any = pytest.importorskip("tiny_pipelines")
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 def tuned(flow_map: FlowMap) -> FlowMap:
     """Return a map with low-rank additions that matter."""
     found = LoRA(2)(flow_map)

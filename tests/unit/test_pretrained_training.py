@@ -34,11 +34,6 @@ CAPTIONS = ["a red circle", "a blue square", "", "a red circle"]
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
-@pytest.fixture(scope="module")
 def place(loader: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with pictures, and a run in which a tiny SD3's encoders have led them to latents and texts."""
     place = tmp_path_factory.mktemp("place")
@@ -101,13 +96,13 @@ def test_encoders_are_not_loaded_for_what_is_kept(
 
 
 def test_a_damaged_file_is_made_again(loader: Any, place: Path, tmp_path: Path, caplog: Any) -> None:
-    made = encoders(loader.path("sd3"), text_files=tmp_path)
+    made = encoders(loader.path("sd3"), text_files=str(tmp_path))
     assert made.size == (16, 16) and made.conditioner.keep(["a red circle"]) == 2
     assert made.conditioner.keep(["a red circle", "a blue circle"]) == 1
     wanted = made.conditioner(["a red circle"])
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
-    again = encoders(loader.path("sd3"), text_files=tmp_path).conditioner(["a red circle"])
+    again = encoders(loader.path("sd3"), text_files=str(tmp_path)).conditioner(["a red circle"])
     assert "is damaged" in caplog.text
     torch.testing.assert_close(again.tensors["embedding"], wanted.tensors["embedding"], rtol=0, atol=0)
     with pytest.raises(ConfigError, match="name one by kept="):

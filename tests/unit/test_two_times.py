@@ -21,11 +21,6 @@ PROMPTS = ["a red circle", "the blue square"]
 FAMILIES = ["sd3", "flux-dev", "flux-schnell", "sana", "sd-epsilon", "sd-v", "pixart"]
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.Loader(tmp_path_factory.mktemp("pipelines"))
-
-
 def loaded(loader: Any, name: str) -> FlowMap:
     return loader.map(name, guidance_scale=1.0, **({"size": 16} if name.startswith("flux") else {}))
 
