@@ -102,6 +102,7 @@ def killed(lives: Lives, folder: Path, recipe: str, kills: int, steps: int) -> N
     torch.manual_seed(0)
     chance = random.Random(recipe)
     whole, broken = command(recipe, f"{recipe}_whole", steps), command(recipe, f"{recipe}_killed", steps)
+    assert lives.live(0, ["--version"]) == 0  # the server has imported everything before the clock starts
     started = time.monotonic()
     assert lives.live(0, whole) == 0
     longest = time.monotonic() - started
