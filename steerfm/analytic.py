@@ -107,7 +107,10 @@ class GaussianMixture(nn.Module):
         """Return n points, (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, *self.data_shape, generator=generator, dtype=torch.float64).to(self.means)
-        return self.means[k] + torch.einsum("nij,nj->ni", self.vectors[k], self.values[k].sqrt() * z)
+        scaled = self.values[k].sqrt() * z
+        for each in range(len(self.means)):  # a matrix for every point would fill the memory in a hundred dimensions
+            scaled[k == each] = scaled[k == each] @ self.vectors[each].T
+        return self.means[k] + scaled
 
     def log_prob(self, x: State) -> Values:
         """Return log p(x), (B,)."""
