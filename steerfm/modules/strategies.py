@@ -122,6 +122,8 @@ class Sharded(ModelParallelStrategy):
         for flow_map, network in self._whole:
             weights = {name: whole(tensor).cpu() for name, tensor in flow_map.network.state_dict().items()}
             network.load_state_dict(weights, assign=True)
+            for name, buffer in flow_map.network.named_buffers():  # also those that no state holds, in training's type
+                network.get_buffer(name).data = buffer.cpu()
             flow_map.network = network.train(flow_map.network.training)
         self._whole = []
 

@@ -40,32 +40,33 @@ from steerfm.objectives import Compositional, Total
 STEPS, RATE = 3, 0.05
 
 
-def flow_map() -> FlowMap:
+def flow_map(dtype: torch.dtype = torch.float64) -> FlowMap:
     network = MLP((1, 8, 8), width=16, depth=1, frequencies=4, num_classes=10)
     randomise(network)
-    return FlowMap(network, conditioner=Labels(CAPTIONS)).double()
+    return FlowMap(network, conditioner=Labels(CAPTIONS)).to(dtype)
 
 
 def brightness(images: Tensor, prompts: Any) -> Tensor:
     return images.square().mean((1, 2, 3))
 
 
-def training() -> FlowMapTraining:
+def training(dtype: torch.dtype = torch.float64, rate: float = RATE) -> FlowMapTraining:
     objective = Total([Lagrangian(), Compositional("uniform")])  # of 8 rows 5 are on the diagonal: 3 and 2
     return FlowMapTraining(
-        flow_map(), objective, Triangle(0.6), optimizer=partial(SGD, lr=RATE, momentum=0.5), prompt_dropout=0.3
+        flow_map(dtype), objective, Triangle(0.6), optimizer=partial(SGD, lr=rate, momentum=0.5), prompt_dropout=0.3
     )
 
 
-def tuning() -> RewardFineTuning:
+def tuning(dtype: torch.dtype = torch.float64, rate: float = RATE, micro_batch: int | None = None) -> RewardFineTuning:
     method, rule = DirectBackprop(2, penalty="path"), Compositional("uniform")
     return RewardFineTuning(
-        flow_map(),
+        flow_map(dtype),
         brightness,
         method,
         held_out=[brightness],
-        optimizer=partial(SGD, lr=RATE, momentum=0.5),
+        optimizer=partial(SGD, lr=rate, momentum=0.5),
         consistency=rule,
+        micro_batch=micro_batch,
     )
 
 
@@ -94,7 +95,7 @@ def prompts() -> Prompts:
 
 
 def trainer(
-    folder: Path, name: str, *callbacks: Any, devices: int = 2, strategy: Any = None, steps: int = STEPS
+    folder: Path, name: str, *callbacks: Any, devices: int = 2, strategy: Any = None, steps: int = STEPS, **more: Any
 ) -> Trainer:
     return Trainer(
         max_steps=steps,
@@ -109,6 +110,7 @@ def trainer(
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **more,
     )
 
 
