@@ -262,6 +262,9 @@ class FlowMap(nn.Module):
         offload: bool = False,
         checkpointing: bool = False,
         quantised: Literal["int8"] | None = None,
+        ip_adapter: str | os.PathLike[str] | None = None,
+        ip_adapter_encoder: str | os.PathLike[str] | None = None,
+        ip_adapter_scale: float | None = None,
     ) -> FlowMap:
         """Load a pipeline in diffusers' layout, by folder or hub id, or a map that steerfm saved; docs/pretrained.md.
 
@@ -272,10 +275,12 @@ class FlowMap(nn.Module):
         text_length: the most tokens of a long prompt; text_device: where prompts are read; text_files: a folder that
         keeps what they were read as, so that encoders are not loaded again. tiling, slicing: of decoding; offload: the
         autoencoder rests in the CPU's memory. checkpointing: of the network's backward pass. quantised: "int8" holds
-        the network in 8 bits, for LoRA on top. Of a map that steerfm saved guidance_scale, text_files, checkpointing
-        and a smaller dtype can be set. No pickle is read and no code that comes with a model is run. Raises
-        CheckpointError for missing, gated or damaged files, ConfigError for an unknown pipeline or an option that a
-        saved map has not.
+        the network in 8 bits, for LoRA on top. ip_adapter: a .safetensors by which a U-Net reads the picture that a
+        prompt names; ip_adapter_encoder: the folder of its image encoder, image_encoder beside it by default;
+        ip_adapter_scale: its strength, 1 by default. Of a map that steerfm saved guidance_scale, text_files,
+        checkpointing and a smaller dtype can be set. No pickle is read and no code that comes with a model is run.
+        Raises CheckpointError for missing, gated or damaged files, ConfigError for an unknown pipeline or an option
+        that a saved map has not.
         """
         from steerfm.backbones.diffusers import is_saved_map, load_pipeline, opened
         from steerfm.backbones.pipeline_files import PipelineFiles
@@ -296,9 +301,13 @@ class FlowMap(nn.Module):
             "slicing": slicing,
             "offload": offload,
             "quantised": quantised,
+            "ip_adapter": None if ip_adapter is None else os.fspath(ip_adapter),
+            "ip_adapter_encoder": None if ip_adapter_encoder is None else os.fspath(ip_adapter_encoder),
+            "ip_adapter_scale": ip_adapter_scale,
         }
         if is_saved_map(source):
-            others = [name for name, given in (built | {"revision": revision, "variant": variant}).items() if given]
+            said = built | {"revision": revision, "variant": variant}
+            others = [name for name, given in said.items() if given is not None and given is not False]
             return opened(cls.load(source), source, others, dtype=dtype, **alike)
         return load_pipeline(cls, PipelineFiles(source, revision, variant, dtype), **built, **alike)
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from steerfm.backbones.conversions import Kind, grid_of
-from steerfm.backbones.families import family_of, usual_guidance
+from steerfm.backbones.families import FAMILIES, Family, family_of, usual_guidance
+from steerfm.backbones.ip_adapter import IPAdapter, PromptedPictures
 from steerfm.backbones.pipeline_codec import PipelineCodec
 from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.backbones.pipeline_network import PipelineNetwork, Quantised, picture_size, vae_scale
@@ -46,23 +47,37 @@ def load_pipeline(
     offload: bool = False,
     checkpointing: bool = False,
     quantised: Quantised | None = None,
+    ip_adapter: str | None = None,
+    ip_adapter_encoder: str | None = None,
+    ip_adapter_scale: float | None = None,
 ) -> FlowMap:
     """Return a pipeline as a flow map; see `FlowMap.from_pretrained`."""
     files = files.pinned()
     index = files.index()
     family = family_of(index)
+    if ip_adapter is None and (ip_adapter_encoder is not None or ip_adapter_scale is not None):
+        raise ConfigError("An IP-Adapter's encoder and scale were given without its file: name that, ip_adapter.")
+    adapted: dict[str, IPAdapter] = {}  # left out where there is none: an older steerfm loads what it can run
+    if ip_adapter is not None:
+        _check_pictures(family, index["_class_name"])
+        adapted = {"ip_adapter": IPAdapter.named(ip_adapter, ip_adapter_encoder, ip_adapter_scale, files.dtype)}
     texts = [name for name in family.texts if name not in family.optional or files.has(name)]
     control = () if family.control is None else (family.control,)
     files.check(("scheduler", family.network, "vae", *control, *texts, *(family.texts[name] for name in texts)))
-    network = PipelineNetwork(files, kind, size, checkpointing, quantised)
+    network = PipelineNetwork(files, kind, size, checkpointing, quantised, **adapted)
     if guidance_scale is None:
         guided = network.guidance_input or (family.free and not network.partial)
         guidance_scale = usual_guidance(getattr(library("diffusers"), index["_class_name"])) if guided else 1.0
-    conditioner = PipelinePrompts(files, negative_prompt, text_length, text_device, text_files)
+    prompts = PipelinePrompts(files, negative_prompt, text_length, text_device, text_files)
+    conditioner: Pictures | PromptedPictures | PipelinePrompts = prompts
+    if control:
+        conditioner = Pictures(3, network.size, prompts)
+    elif adapted:
+        conditioner = PromptedPictures(adapted["ip_adapter"], prompts)
     flow_map = cls(
         network,
         path=network.conversion.path,
-        conditioner=Pictures(3, network.size, conditioner) if control else conditioner,
+        conditioner=conditioner,
         codec=PipelineCodec(files, tiling, slicing, offload),
         guidance_scale=guidance_scale,
     )
@@ -70,6 +85,18 @@ def load_pipeline(
     shape = " x ".join(str(side) for side in network.size)
     log.info("Loaded %s as a %s, with guidance %g, for pictures of %s", files.source, what, guidance_scale, shape)
     return flow_map.eval()
+
+
+def _check_pictures(family: Family, name: str) -> None:
+    """Raise ConfigError for a pipeline without room for an IP-Adapter."""
+    if family.control is not None:
+        raise ConfigError(
+            f"A prompt names one picture, and the ControlNet of a {name} reads it: load the plain pipeline for the "
+            "IP-Adapter, or leave ip_adapter out."
+        )
+    if not family.pictures:
+        able = ", ".join(known for known, each in FAMILIES.items() if each.pictures)
+        raise ConfigError(f"IP-Adapters are read for {able}, not for a {name}: leave ip_adapter out.")
 
 
 def opened(
@@ -107,7 +134,7 @@ def opened(
 
 def _keeping(conditioner: Any, text_files: str, source: str) -> Any:
     """Return a conditioner that keeps what prompts were read as; a ControlNet's pictures have one inside."""
-    if isinstance(conditioner, PipelinePrompts):
+    if isinstance(conditioner, PipelinePrompts | PromptedPictures):
         return conditioner.keeping(text_files)
     if isinstance(conditioner, Pictures):
         return Pictures(conditioner.channels, conditioner.size, _keeping(conditioner.captions, text_files, source))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerfm.backbones.diffusers import equal_sigmas
 from steerfm.backbones.export import LORA_NAME, jump_times
-from steerfm.backbones.families import family_of, packed
+from steerfm.backbones.families import IMAGE, family_of, packed
 from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.errors import CheckpointError
 from steerfm.flow_map import FlowMap, declared
@@ -26,9 +26,9 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles, ju
     """Return the largest difference of a pixel between the map's pictures and those of diffusers' own pipeline.
 
     files: of the pipeline that the map began as. What `export_diffusers` wrote into `folder` is loaded into it: LoRA by
-    load_lora_weights, a whole denoiser in the place of its own. Both paint two prompts from the same noise, without
-    guidance: in so many jumps as the denoiser was bound to, or else in one step. Raises CheckpointError where the
-    difference is more than rounding.
+    load_lora_weights, a whole denoiser in the place of its own; and an IP-Adapter from where the map has it. Both paint
+    two prompts from the same noise, without guidance: in so many jumps as the denoiser was bound to, or else in one
+    step. Raises CheckpointError where the difference is more than rounding.
     """
     family: Any = declared(flow_map.network, "family")
     model: Any = declared(flow_map.network, "model")
@@ -46,6 +46,9 @@ def painting_gap(flow_map: FlowMap, folder: str | Path, files: PipelineFiles, ju
         kind = type(getattr(pipeline, family.network))
         own = kind.from_pretrained(folder, subfolder=family.network, torch_dtype=model.dtype, use_safetensors=True)
         pipeline.register_modules(**{family.network: own})
+    adapter = declared(flow_map.network, "ip_adapter")
+    if adapter is not None:
+        adapter.load_into(pipeline)
     theirs = painted(pipeline.to(view.device), view, x1, jumps)
     gap, most = float((theirs - ours).abs().max()), CLOSE[model.dtype]
     if not gap <= most:
@@ -78,6 +81,9 @@ def painted(pipeline: Any, flow_map: FlowMap, x1: Tensor, jumps: int | None = No
     height, width = declared(flow_map.network, "size")
     if family.control is not None:  # the prompts name no picture
         more |= {"image": torch.zeros(len(PROMPTS), 3, height, width), "controlnet_conditioning_scale": 0.0}
+    none: Any = flow_map.conditioner.null(len(PROMPTS))  # type: ignore[misc,operator]
+    if IMAGE in none.tensors:
+        more["ip_adapter_image_embeds"] = [none[IMAGE][:, None].to(x1.device, pipeline.dtype)]
     more |= {"num_inference_steps": 1} if jumps is None else {"sigmas": equal_sigmas(jumps)}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(

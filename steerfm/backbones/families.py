@@ -15,6 +15,7 @@ from steerfm.images import to_unit
 from steerfm.types import Condition, State, Times
 
 Encoded = dict[str, Tensor]
+IMAGE = "image_embedding"  # what a condition calls CLIP's embedding of a picture, for an IP-Adapter
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Family:
     guidance, size) -> its answer, x alike; timestep as `Conversion.told` gives it, guidance (B,), size in pixels. free:
     whether it was trained for classifier-free guidance. packed: latents are told two by two, so their sizes are even.
     control: the part that reads a picture of the prompt, "caption @ path", if any, whose residuals `call` then takes.
+    pictures: whether an IP-Adapter can be put into the network.
     """
 
     network: str
@@ -36,6 +38,7 @@ class Family:
     free: bool = True
     packed: bool = False
     control: str | None = None
+    pictures: bool = False
 
     def guidance_input(self, config: Mapping[str, Any]) -> bool:
         """Whether the network is told its guidance scale, as guidance-distilled ones are."""
@@ -154,7 +157,7 @@ def _call_unet(
     size: tuple[int, int],
     residuals: Mapping[str, Any] | None = None,
 ) -> State:
-    """Call a U-Net, with a ControlNet's residuals where there are some."""
+    """Call a U-Net, with a ControlNet's residuals where there are some, and a picture where it has an IP-Adapter."""
     width = network.config.time_cond_proj_dim
     return network(
         x,
@@ -167,12 +170,18 @@ def _call_unet(
     )[0]
 
 
-def _added(x: State, condition: Condition, size: tuple[int, int]) -> dict[str, Tensor] | None:
-    """Return what Stable Diffusion XL is also told: the pooled text, and the pictures' size before and after."""
-    if "pooled" not in condition.tensors:
-        return None
-    numbers = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype)
-    return {"text_embeds": condition["pooled"].to(x.dtype), "time_ids": numbers.expand(len(x), -1)}
+def _added(x: State, condition: Condition, size: tuple[int, int]) -> dict[str, Any] | None:
+    """Return what Stable Diffusion XL is also told, the pooled text and the pictures' size before and after.
+
+    An IP-Adapter is told a list, of one adapter, of (B, 1, ...), one picture a prompt.
+    """
+    added: dict[str, Any] = {}
+    if "pooled" in condition.tensors:
+        numbers = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype)
+        added |= {"text_embeds": condition["pooled"].to(x.dtype), "time_ids": numbers.expand(len(x), -1)}
+    if IMAGE in condition.tensors:
+        added["image_embeds"] = [condition[IMAGE].to(x.dtype)[:, None]]
+    return added or None
 
 
 def control_residuals(
@@ -271,11 +280,11 @@ FAMILIES = {
     "FluxPipeline": Family("transformer", TWO, _read_flux, _call_flux, free=False, packed=True),
     "SanaPipeline": Family("transformer", ONE, _read_sana, _call_sana),
     "SanaSprintPipeline": Family("transformer", ONE, _read_sana, _call_sana, free=False),
-    "StableDiffusionPipeline": Family("unet", ONE, _read_sd, _call_unet),
+    "StableDiffusionPipeline": Family("unet", ONE, _read_sd, _call_unet, pictures=True),
     "StableDiffusionControlNetPipeline": Family("unet", ONE, _read_sd, _call_unet, control="controlnet"),
     "StableDiffusionXLControlNetPipeline": Family("unet", TWO, _read_sdxl, _call_unet, control="controlnet"),
-    "LatentConsistencyModelPipeline": Family("unet", ONE, _read_sd, _call_unet, free=False),
-    "StableDiffusionXLPipeline": Family("unet", TWO, _read_sdxl, _call_unet),
+    "LatentConsistencyModelPipeline": Family("unet", ONE, _read_sd, _call_unet, free=False, pictures=True),
+    "StableDiffusionXLPipeline": Family("unet", TWO, _read_sdxl, _call_unet, pictures=True),
     "PixArtAlphaPipeline": Family("transformer", ONE, _read_pixart, _call_pixart),
     "PixArtSigmaPipeline": Family("transformer", ONE, _read_pixart, _call_pixart),
 }

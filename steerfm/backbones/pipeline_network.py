@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steerfm.backbones.conversions import Kind, conversion_of, kind_of
 from steerfm.backbones.families import control_residuals, family_of
+from steerfm.backbones.ip_adapter import IPAdapter, Outside
 from steerfm.backbones.left_out import LeftOut, digests_of
 from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.building import remembered
@@ -28,7 +29,8 @@ class PipelineNetwork(nn.Module):
     knows u(x, s, 0) alone, and raises ConfigError for any other t; None reads it off the scheduler. size: of pictures
     in pixels, one number or (height, width); the pipeline's own where nothing is said. checkpointing: keep the inputs
     of its blocks alone for the backward pass. quantised: "int8" holds the weights of linear layers in 8 bits, frozen,
-    for LoRA on top, by torchao. States and times are float32 whatever the type of its weights is: a time of 8 bits is
+    for LoRA on top, by torchao. ip_adapter: reads "image_embedding" beside the text, frozen, and no part of what is
+    saved. States and times are float32 whatever the type of its weights is: a time of 8 bits is
     another training step. Its weights take gradients; a saved map holds those that are not as they were published,
     and reads the rest anew.
     """
@@ -42,6 +44,7 @@ class PipelineNetwork(nn.Module):
         size: int | Sequence[int] | None = None,
         checkpointing: bool = False,
         quantised: Quantised | None = None,
+        ip_adapter: IPAdapter | None = None,
     ) -> None:
         super().__init__()
         if quantised not in (None, *get_args(Quantised)):
@@ -55,6 +58,8 @@ class PipelineNetwork(nn.Module):
         self.partial = (kind or kind_of(self.scheduler)) == "partial"
         self.velocity_only = not self.partial
         self.model: Any = files.part(self.family.network).requires_grad_(True)
+        self.ip_adapter = ip_adapter
+        self._outside: list[Outside] = [] if ip_adapter is None else ip_adapter.put_into(self.model)
         control = self.family.control
         held: tuple[Any, ...] = () if control is None else (files.part(control),)
         self._control = held  # frozen, and no part of what is saved
@@ -82,13 +87,15 @@ class PipelineNetwork(nn.Module):
         told, timestep = self.conversion.told(x, s)
         guidance = condition.tensors.get(SCALE, torch.ones_like(s)).to(s)
         told = told.to(self.model.dtype)
+        for each in self._outside:
+            each.module.to(told)
         more = {"residuals": self._residuals(told, timestep, condition)} if self._control else {}
         answer = self.family.call(self.model, told, timestep, condition, guidance, self.size, **more)
         return self.conversion.average_velocity(answer.to(x.dtype), x, s)
 
     def _residuals(self, told: State, timestep: Times, condition: Condition) -> dict[str, Any]:
         (control,) = self._control
-        return control_residuals(control.to(told.device), told, timestep, condition, self.size)
+        return control_residuals(control.to(told), told, timestep, condition, self.size)
 
 
 def _quantise(model: nn.Module) -> None:

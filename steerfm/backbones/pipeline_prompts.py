@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 
 from steerfm.backbones.families import family_of, parameters_of
 from steerfm.backbones.pipeline_files import PipelineFiles, check_tokenizer, library
+from steerfm.backbones.recent import Recent
 from steerfm.building import remembered
 from steerfm.conditions.text_files import TextFiles
 from steerfm.errors import ConfigError
 from steerfm.files import file_fingerprint
 from steerfm.types import Condition
-
-CACHE_BYTES = 2**28  # of what recent prompts were read as
 
 
 @remembered
@@ -44,7 +42,7 @@ class PipelinePrompts(nn.Module):
         kept: str | None = None,
     ) -> None:
         super().__init__()
-        self.negative_prompt, self.length, self.device = negative_prompt, length, device
+        self.negative_prompt, self.length, self.device, self.kept = negative_prompt, length, device, kept
         self._reader = _Reader(files, length, kept)
         self.place: Tensor  # follows the map to its device
         self.register_buffer("place", torch.zeros((), dtype=torch.uint8), persistent=False)
@@ -73,6 +71,10 @@ class PipelinePrompts(nn.Module):
                 read += 1
         return read
 
+    def workplace(self) -> torch.device:
+        """Return the device on which prompts are read."""
+        return self.place.device if self.device is None else torch.device(self.device)
+
     def release(self) -> None:
         """Let go of the encoders and their memory; a prompt that is not among the recent ones loads them again."""
         self._reader.pipeline = None
@@ -81,8 +83,7 @@ class PipelinePrompts(nn.Module):
         return (self.negative_prompt or "", True, self.negative_prompt is None)
 
     def _condition(self, asked: Sequence[tuple[str, bool, bool]]) -> Condition:
-        device = self.place.device if self.device is None else torch.device(self.device)
-        read = [self._reader.read(each, device) for each in asked]
+        read = [self._reader.read(each, self.workplace()) for each in asked]
         return Condition({name: torch.cat([each[name] for each in read]) for name in read[0]})
 
 
@@ -91,8 +92,7 @@ class _Reader:
 
     def __init__(self, files: PipelineFiles, length: int | None, kept: str | None) -> None:
         self.files, self.length, self.kept = files, length, kept
-        self.recent: OrderedDict[tuple[str, bool, bool], dict[str, Tensor]] = OrderedDict()
-        self.bytes = 0
+        self.recent = Recent()
         self.pipeline: Any = None
 
     def __deepcopy__(self, memo: Any) -> _Reader:
@@ -118,16 +118,7 @@ class _Reader:
 
     def read(self, asked: tuple[str, bool, bool], device: torch.device) -> dict[str, Tensor]:
         """Return the tensors (1, ...) of (prompt, negative, unsaid) on the CPU."""
-        if asked in self.recent:
-            self.recent.move_to_end(asked)
-            return self.recent[asked]
-        tensors = self.texts.read(asked) if self.texts else None
-        if tensors is None:
-            tensors = self._encoded(asked, device)
-            if self.texts:
-                self.texts.write(asked, tensors)
-        self._keep(asked, tensors)
-        return tensors
+        return self.recent.read(asked, self.texts, lambda: self._encoded(asked, device))
 
     def _encoded(self, asked: tuple[str, bool, bool], device: torch.device) -> dict[str, Tensor]:
         prompt, negative, unsaid = asked
@@ -161,9 +152,3 @@ class _Reader:
             if getattr(self.pipeline, encoder, None) is not None:
                 getattr(self.pipeline, encoder).to(device)
         return self.pipeline
-
-    def _keep(self, asked: tuple[str, bool, bool], tensors: dict[str, Tensor]) -> None:
-        self.recent[asked] = tensors
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        while self.bytes > CACHE_BYTES and len(self.recent) > 1:
-            self.bytes -= sum(tensor.nbytes for tensor in self.recent.popitem(last=False)[1].values())

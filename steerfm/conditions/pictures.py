@@ -40,6 +40,14 @@ def split_prompt(prompt: str) -> tuple[str, str | None]:
     return (prompt, None) if found is None else ((found[1] or "").strip(), found[2].strip())
 
 
+def parts_of(prompts: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return caption and picture of each prompt. Raises DataError where a picture was meant and none is named."""
+    parts = [split_prompt(prompt) for prompt in prompts]
+    for (caption, _), prompt in zip(parts, prompts, strict=True):
+        _check_caption(caption, prompt)
+    return parts
+
+
 def captions_of(prompts: Sequence[str]) -> Sequence[str]:
     """Return prompts without the paths of their pictures, which no reward should read."""
     if not any(isinstance(prompt, str) and _PROMPT.fullmatch(prompt) for prompt in prompts):
@@ -78,10 +86,9 @@ class Pictures(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> Condition:
         """Return the condition of B prompts. Raises DataError, naming the file, for one that is no good picture."""
-        parts = [split_prompt(prompt) for prompt in prompts]
+        parts = parts_of(prompts)
         picture = self._none(len(prompts))
-        for i, (caption, path) in enumerate(parts):
-            _check_caption(caption, prompts[i])
+        for i, (_, path) in enumerate(parts):
             if path is not None:
                 picture[i, :-1] = read_picture(path, self.channels, self.size)
                 picture[i, -1] = 1
@@ -107,7 +114,14 @@ class Pictures(nn.Module):
 
 
 def read_picture(path: str, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return a picture (channels, *size) in [-1, 1]: upright, on white where transparent, the first of several frames.
+    """Return a picture (channels, *size) in [-1, 1], of what `read_pixels` returns."""
+    pixels = read_pixels(path, channels)
+    resized = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
+    return to_model(resized.clamp(0, 1)).expand(channels, -1, -1)
+
+
+def read_pixels(path: str, channels: int) -> np.ndarray[Any, Any]:
+    """Return a picture (H, W, 1 or channels) in [0, 1]: upright, on white where transparent, the first of its frames.
 
     Raises DataError for a file that is missing, too large, damaged or no picture.
     """
@@ -125,7 +139,7 @@ def read_picture(path: str, channels: int, size: tuple[int, int]) -> Tensor:
             if image.format == "PNG":  # its checksums find what decoding lets pass; what was verified must be reopened
                 image.verify()
         with Image.open(file, formats=FORMATS) as image:
-            pixels = _pixels(image, channels)
+            return _pixels(image, channels)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -133,8 +147,6 @@ def read_picture(path: str, channels: int, size: tuple[int, int]) -> Tensor:
     except Exception as error:  # what a damaged file makes Pillow raise is anybody's guess
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"The picture '{path}' cannot be read ({reason}): save it again.") from error
-    resized = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
-    return to_model(resized.clamp(0, 1)).expand(channels, -1, -1)
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray[Any, Any]:
