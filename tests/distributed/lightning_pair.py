@@ -102,7 +102,6 @@ def trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy or (Replicated() if devices > 1 else "auto"),
-        gradient_clip_val=0.2,
         plugins=[DurableCheckpoints()],
         logger=CSVLogger(folder, name="", version=name),
         log_every_n_steps=1,
@@ -110,7 +109,7 @@ def trainer(
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **more,
+        **{"gradient_clip_val": 0.2, **more},
     )
 
 

@@ -73,7 +73,7 @@ def compute(case: Case, folder: Path, steps: int = STEPS, resume: Path | None = 
         assert module.reward is not None
         module.reward.register_forward_pre_hook(lambda _, inputs: scored.append(len(inputs[0])))
     ema, losses, keep = EMA(0.5), Losses(), Checkpoints(folder, STEPS - 1)
-    settings = {"precision": case.precision, "accumulate_grad_batches": case.accumulate}
+    settings = {"precision": case.precision, "accumulate_grad_batches": case.accumulate, "gradient_clip_val": None}
     run = lightning_pair.trainer(folder, "log", ema, losses, keep, steps=steps, **settings, **more)
     run.fit(module, data, ckpt_path=resume, weights_only=True)
     found = {f"weights/{name}": tensor for name, tensor in module.state_dict().items()}

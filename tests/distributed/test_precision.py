@@ -75,7 +75,8 @@ def test_accumulated_batches_are_those_of_one_process(name: str, ranks: list[Ten
 def test_bfloat16_goes_where_float32_goes(name: str, ranks: list[Tensors], tmp_path: Path) -> None:
     """How far weights end from those of float32 on one process, as a share of the way that they went.
 
-    Without every other batch they end 0.43 to 0.56 of the way apart.
+    Measured: 0.01 with weights in float32, 0.10 without. Without every other batch it is 0.5, with twice the gradient
+    0.9 and more.
     """
     case = CASES[name]
     mixed, kind = case.precision == "bf16-mixed", torch.float32 if case.precision == "bf16-mixed" else torch.bfloat16
