@@ -13,7 +13,6 @@ took, and prints how many samples follow their prompts, judged by a parser that 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shlex
 import subprocess
@@ -31,12 +30,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm import images, zoo
+from steerfm.backbones.pipeline_files import library
 from steerfm.data import ImageFolder, Shapes
 from steerfm.metrics import prompt_following
 from steerfm.optimizers import Muon
 from steerfm.seeds import torch_generator
 
-diffusers: Any = importlib.import_module("diffusers")  # its lazy names are unknown to type checkers
+diffusers = library("diffusers")
 ROOT = Path(__file__).parents[1]
 GUIDE, HEADING = ROOT / "docs/pretrained.md", "## A dress rehearsal"
 SIZE, TOKENS = 32, 16  # pixels a side; tokens of a prompt
@@ -184,9 +184,7 @@ def run(folder: Path) -> None:
         console.print(f"$ {command}", soft_wrap=True, markup=False)
         start = time.monotonic()
         subprocess.run(executed(command), cwd=folder, check=True)
-        table.add_row(
-            command.partition("=")[2].split()[0], f"{time.monotonic() - start:.0f}", *figures(folder, command)
-        )
+        table.add_row(title(command), f"{time.monotonic() - start:.0f}", *figures(folder, command))
     console.print(table)
 
 
@@ -204,11 +202,21 @@ def executed(command: str) -> list[str]:
     return [sys.executable, str(ROOT / rest[0]), *rest[1:]]
 
 
+def title(command: str) -> str:
+    """Return what a command does, and the name of its run."""
+    first, *rest = shlex.split(command)
+    return f"{rest[0] if first == 'steerfm' else rest[1]} {run_name(command)}"
+
+
+def run_name(command: str) -> str:
+    """Return the name that a command gives its run, "" where it makes none."""
+    return next((word.removeprefix("name=") for word in shlex.split(command) if word.startswith("name=")), "")
+
+
 def figures(folder: Path, command: str) -> tuple[str, str]:
     """Return the mean reward and share of followed prompts of the run that a command made, if it sampled."""
-    named = [word.removeprefix("name=") for word in shlex.split(command) if word.startswith("name=")]
-    path = folder / "runs" / named[0] / "metrics.json" if named else None
-    found = json.loads(path.read_text()) if path and path.exists() else {}
+    path = folder / "runs" / run_name(command) / "metrics.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
     return tuple(f"{found[key]:.3f}" if key in found else "" for key in ("reward", "held_out.judge"))  # type: ignore[return-value]
 
 
