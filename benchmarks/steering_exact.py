@@ -181,7 +181,7 @@ LARGER: dict[str, Setting] = {  # where a method has not come CLOSE by the setti
     "importance-x128": population(BestOfN(128 * N, 1, 1.0)),
     "monte_carlo-64-x4": population(SequentialMonteCarlo(4 * N, 64, 1.0, strength="adaptive", keep=0.6, gamma=0.3)),
     "feynman_kac-x8": population(walk(8 * N, 0.9)),
-    "twisted-geometric-x4": population(walk(4 * N, 0.99, **MEAN, strength="geometric")),
+    "twisted-x16": population(walk(16 * N, 0.99, **MEAN)),
 }
 FAST = ("untilted", "importance-x16", "tilting-400", "monte_carlo", "look_ahead")
 PLANE = ("mixture-0.2", "mixture-1")
