@@ -69,6 +69,12 @@ def plus(width: int, inner: int = 64, tokens: int = 3) -> dict[str, tuple[int, .
     return shapes
 
 
+def full(width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what reads each token by itself, as ip-adapter-full-face_sd15.safetensors names it."""
+    shapes = {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,), "proj.2.weight": (width, HIDDEN)}
+    return shapes | dict.fromkeys(("proj.2.bias", "proj.3.weight", "proj.3.bias"), (width,))
+
+
 def save_adapter(path: Path, projection: dict[str, tuple[int, ...]], width: int, seed: int = 21) -> Path:
     """Write an IP-Adapter of random weights for the tiny U-Nets, which have four cross-attentions of 16 channels."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,10 +91,10 @@ def save_adapter(path: Path, projection: dict[str, tuple[int, ...]], width: int,
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return IP-Adapters in the published layout: of SD and SDXL, and one that reads tokens."""
+    """Return IP-Adapters in the published layout: of SD and SDXL, and two that read tokens."""
     folder = tmp_path_factory.mktemp("adapters")
     image_encoder().save_pretrained(folder / "models" / "image_encoder")
-    made = {"sd": (plain(16), 16), "sdxl": (plain(32), 32), "plus": (plus(16), 16)}
+    made = {"sd": (plain(16), 16), "sdxl": (plain(32), 32), "plus": (plus(16), 16), "full": (full(16), 16)}
     return {name: save_adapter(folder / "models" / f"{name}.safetensors", *made[name]) for name in made}
 
 
@@ -130,6 +136,7 @@ def theirs(
         ("sd-epsilon", "sd", 3, 1.0, {"guidance_scale": 1.0}),
         ("sd-epsilon", "sd", 3, 0.6, {"guidance_scale": 5.0, "negative_prompt": "blurred"}),
         ("sd-epsilon", "plus", 3, 1.0, {"guidance_scale": 5.0}),
+        ("sd-epsilon", "full", 2, 1.0, {"guidance_scale": 5.0}),
         ("sdxl-turbo", "sdxl", 1, 0.6, {"guidance_scale": 1.0}),
         ("sdxl-turbo", "sdxl", 1, 1.0, {"guidance_scale": 4.0}),
         ("lcm", "sd", 1, 1.0, {"guidance_scale": 8.5}),
@@ -180,6 +187,7 @@ def test_it_is_steered_and_tuned(loader: Any, adapters: Any, pictures: Any, rewa
     assert best.rewards.mean() > plain.rewards.mean() + 1e-4  # type: ignore[union-attr]
     pushed = LookAheadGuidance(2, temperature=0.005, gradient="normalised")(flow_map, reward, **given)
     assert (pushed.rewards > plain.rewards + 0.02).all()  # type: ignore[operator]
+    assert not any("_ip" in name for name, _ in flow_map.named_parameters())
     adapter = [value for each in flow_map.network._outside for value in each.module.state_dict().values()]
     before = [value.clone() for value in adapter]
     tuning = RewardFineTuning(
