@@ -49,7 +49,7 @@ def image_encoder(projection: int = EMBEDDING) -> Any:
 
 def plain(width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what reads a picture's embedding as four tokens, as ip-adapter_sd15.safetensors names it."""
-    projection = {"proj.weight": (4 * width, EMBEDDING), "proj.bias": (4 * width,)}
+    projection: dict[str, tuple[int, ...]] = {"proj.weight": (4 * width, EMBEDDING), "proj.bias": (4 * width,)}
     return projection | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
@@ -71,8 +71,9 @@ def plus(width: int, inner: int = 64, tokens: int = 3) -> dict[str, tuple[int, .
 
 def full(width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what reads each token by itself, as ip-adapter-full-face_sd15.safetensors names it."""
-    shapes = {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,), "proj.2.weight": (width, HIDDEN)}
-    return shapes | dict.fromkeys(("proj.2.bias", "proj.3.weight", "proj.3.bias"), (width,))
+    shapes: dict[str, tuple[int, ...]] = {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,)}
+    shapes |= {"proj.2.weight": (width, HIDDEN), "proj.2.bias": (width,)}
+    return shapes | {"proj.3.weight": (width,), "proj.3.bias": (width,)}
 
 
 def save_adapter(path: Path, projection: dict[str, tuple[int, ...]], width: int, seed: int = 21) -> Path:
@@ -346,3 +347,10 @@ def test_recipes_pass_it_on(loader: Any, adapters: Any, pictures: Any, workplace
     assert main(["sample", "recipe=pretrained_sample", *asked, "method.steps=2", "name=one"]) == 0
     rows = [json.loads(line) for line in Path("runs/one/samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts
+
+
+def test_a_controlnet_is_opened_in_a_smaller_type_too(loader: Any, tmp_path: Path) -> None:
+    loader.map("sd-control", guidance_scale=1.0).save(tmp_path / "map")
+    flow_map = FlowMap.from_pretrained(tmp_path / "map", dtype="bfloat16")
+    x = noise([0], flow_map.data_shape)
+    assert torch.isfinite(flow_map.velocity(x, 0.5, flow_map.encode_prompts(["a red circle"]))).all()
