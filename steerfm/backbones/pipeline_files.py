@@ -162,9 +162,9 @@ def library(name: str) -> Any:
     import importlib
 
     try:
-        with _quiet():
-            found = importlib.import_module(name)
-            if name == "diffusers":  # it imports torchao here where that is installed, which has much to say
+        found = importlib.import_module(name)
+        if name == "diffusers":  # torchao has much to say on its own import, which happens here if it is installed
+            with _quiet():
                 importlib.import_module("diffusers.quantizers")
         return found
     except ModuleNotFoundError as error:

@@ -98,14 +98,27 @@ def _loading(files: PipelineFiles, flow_map: FlowMap, jumps: int | None) -> list
             "",
             *source,
             'pipeline.load_lora_weights("path/to/this/folder")',
+            *_ip_adapter(flow_map),
         ]
     family: Any = declared(flow_map.network, "family")
     kind = type(declared(flow_map.network, "model")).__name__
     load = f'pipeline.{family.network} = {kind}.from_pretrained("path/to/this/folder", subfolder="{family.network}")'
-    lines = [f"from diffusers import {kind}, DiffusionPipeline", "", *source, load]
+    lines = [f"from diffusers import {kind}, DiffusionPipeline", "", *source, load, *_ip_adapter(flow_map)]
     if jumps is None:
         return lines
     sigmas = ", ".join(f"{sigma:.6g}" for sigma in equal_sigmas(jumps))
     length = getattr(flow_map.conditioner, "length", None)
     more = "" if length is None else f", max_sequence_length={length}"
     return [*lines, f"pipeline(prompt, sigmas=[{sigmas}], guidance_scale=1.0{more})  # and no other number of steps"]
+
+
+def _ip_adapter(flow_map: FlowMap) -> list[str]:
+    """Return the lines that load the map's IP-Adapter, which stays where it is."""
+    adapter: Any = declared(flow_map.network, "ip_adapter")
+    if not adapter:
+        return []
+    folder, name = Path(adapter.file).parent, Path(adapter.file).name
+    return [
+        f'pipeline.load_ip_adapter("{folder}", subfolder="", weight_name="{name}")',
+        f"pipeline.set_ip_adapter_scale({adapter.scale})",
+    ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as meta
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from steerfm.errors import SteerfmError
 
@@ -209,8 +209,11 @@ class Shapes(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
+    """Return all tensors in nested values; of one that stands for others, as quantised weights do, those."""
     if isinstance(values, Tensor):
-        return [values]
+        if not is_traceable_wrapper_subclass(values):
+            return [values]
+        return _tensors([getattr(values, name) for name in values.__tensor_flatten__()[0]])
     inside = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ()
     return [tensor for value in inside for tensor in _tensors(value)]
 

@@ -221,6 +221,9 @@ def test_it_is_saved_loaded_and_exported(
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     assert "paints the same" in " ".join(capsys.readouterr().out.split())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'load_ip_adapter("{file.parent}", subfolder="", weight_name="{file.name}")' in card
+    assert "set_ip_adapter_scale(0.7)" in card
     whole = load_file(next((export_diffusers(merged(tuned), tmp_path / "whole") / "unet").glob("*.safetensors")))
     assert len(whole) > 100 and not any("_ip" in name for name in whole)
     with pytest.raises(ConfigError, match="with its own ip_adapter_scale: leave that out"):

@@ -82,6 +82,17 @@ def _run_a_large_network() -> None:
         assert shapes.peak.size > 2 * 8 * 2**31  # 16 GiB of weights, and as many of gradients
 
 
+def test_quantised_weights_count_what_they_hold():
+    torchao = pytest.importorskip("torchao.quantization")
+    with Shapes() as shapes:
+        model = nn.Linear(512, 1024, dtype=torch.bfloat16).requires_grad_(False)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
+        held = shapes.hold("weights", model.parameters())
+        assert model(torch.zeros(100, 512, dtype=torch.bfloat16)).shape == (100, 1024)
+    assert held == shapes.kinds["weights"]
+    assert 512 * 1024 + 2 * 2 * 1024 <= held <= 512 * 1024 + 8 * 1024  # numbers of 8 bits, a scale a row, the bias
+
+
 def test_questions_are_answered_as_a_healthy_run_does_and_small_tensors_have_values():
     with Shapes() as shapes:
         large, small = torch.randn(2**15), torch.linspace(0, 1, 5)
