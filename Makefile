@@ -43,8 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## run the main job on real digits: learn, fine-tune, steer, compare (minutes, no GPU)
 	$(BIN)/steerfm demo
 
-test: lint  ## lint, then all tests that need neither a GPU nor a browser
-	$(BIN)/python -m pytest
+WORKERS := 2
+
+test: lint  ## lint, then all tests that need neither a GPU nor a browser, in two processes (WORKERS=)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 long: $(STAMP) fuzz  ## what `make test` leaves out: fuzzing at length, then the slow tests (hours)
 	$(BIN)/python -m pytest -m slow

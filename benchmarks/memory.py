@@ -1,14 +1,14 @@
 """What tuning and steering published models hold in memory at most, counted without their weights and without a GPU.
 
-    python benchmarks/memory.py                       one core, no memory to speak of; prints one table
-    python benchmarks/memory.py --only sana --write   some models; --write puts the table into docs/memory.md
+    python benchmarks/memory.py --write        the tables of docs/memory.md; one core, half an hour, little memory
+    python benchmarks/memory.py --only sana    some models, printed
 
-Networks, decoders and text encoders of the published sizes are built from their settings; their steps run on shapes
-alone (steerfm.commands.shapes), as `steerfm env --plan` does it. One picture at a time. Weights are bfloat16, LoRA of
-rank 16 and its AdamW float32, texts are read before and their encoders are gone; the decoder is worked out again in
-the backward pass, as steerfm always does. The reward is of PickScore's size, CLIP ViT-H/14 in float32. FLOPs of
-matrix products, convolutions and attention of a step. Seconds are FLOPs over a share of what a card can do, and no
-measurement.
+Networks, decoders and text encoders are built from published models' settings, and the size of the network stands
+beside that which was published; their steps run on shapes alone (steerfm.commands.shapes), as `steerfm env --plan`
+does it. One picture at a time. Weights are bfloat16, or of 8 bits in linear layers, LoRA of rank 16 and its AdamW
+float32, texts were read before and their encoders are gone; the decoder is worked out again in the backward pass, as
+steerfm always does. The reward is of PickScore's size, CLIP ViT-H/14 in float32. FLOPs of matrix products, convolutions
+and attention of a step. Seconds are FLOPs over a share of what a card can do, and no measurement.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from steerfm import BestOfN, Compositional, DirectBackprop, FlowMap, LookAheadGuidance
 from steerfm.backbones import LoRA, two_times
+from steerfm.backbones.pipeline_files import library
 from steerfm.commands.plan import Course, follow_batch, follow_fit, no_weights
 from steerfm.config import Composed
 from steerfm.images import resize
@@ -85,65 +86,122 @@ T5_XXL = {
 GEMMA_2B = {"architectures": "Gemma2Model"}  # transformers' own settings are those of 2B
 
 
+# What is done, and at how many pixels a side.
+FEW = {"best of 8, one by one": [512], "tune, 1 jump, checkpointing": [512]}
+DISTILLED = {
+    "distil, 4 rows, checkpointing": [512],
+    "tune, last of 4 jumps, checkpointing": [512],
+    "best of 8 in 4 jumps, one by one": [512],
+}
+SD_15 = {
+    **UNET, "use_linear_projection": False, "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}  # fmt: skip
+SDXL = {
+    **UNET, "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+FLUX = {"_class_name": "FluxTransformer2DModel"}
+FLUX_VAE = {**KL, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+SD_VAE = {**KL, "scaling_factor": 0.18215}
+SDXL_VAE = {**KL, "scaling_factor": 0.13025}
+
+
 @dataclass(frozen=True)
 class Model:
     """Hold a published pipeline: its class, the settings of its parts, its text encoders, and what it is told.
 
-    told: name -> shape of one prompt's condition. velocity: whether it can be distilled to jump.
+    published: the numbers of its network, as said by those who made it, and where. told: name -> shape of one
+    prompt's condition. work: name -> pixels a side. options: of `FlowMap.from_pretrained`.
     """
 
     name: str
     pipeline: str
+    published: tuple[str, str]
     network: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     texts: Sequence[dict[str, Any]]
     told: dict[str, tuple[int, ...]]
-    work: Sequence[str]
+    work: dict[str, list[int]]
     part: str = "transformer"
-    named: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-TUNE = ("direct", "steer")
+GEMMA_TOLD: dict[str, tuple[int, ...]] = {"embedding": (300, 2304), "embedding_mask": (300,)}
+XL_TOLD: dict[str, tuple[int, ...]] = {"embedding": (77, 2048), "pooled": (1280,)}
+FLUX_TOLD: dict[str, tuple[int, ...]] = {"embedding": (512, 4096), "pooled": (768,)}
+SDXL_PAPER = "arXiv 2307.01952, table 1"
 MODELS = (
     Model(
-        "SANA-Sprint 0.6B", "SanaSprintPipeline",
+        "SANA-Sprint 0.6B", "SanaSprintPipeline", ("0.6B", "arXiv 2503.09641"),
         {**SANA_600M, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}, DC,
-        {"_class_name": "SCMScheduler"}, [GEMMA_2B], {"embedding": (300, 2304), "embedding_mask": (300,)}, TUNE,
+        {"_class_name": "SCMScheduler"}, [GEMMA_2B], GEMMA_TOLD,
+        {"best of 8, one by one": [1024], "guidance, 4 steps": [512], "tune, 1 jump": [512],
+         "tune, 1 jump, checkpointing": [512, 1024], "tune, 2 jumps, checkpointing": [1024]},
     ),
     Model(
-        "SD-Turbo", "StableDiffusionPipeline",
+        "SD-Turbo", "StableDiffusionPipeline", ("865M", SDXL_PAPER),
         {**UNET, "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [5, 10, 20, 20],
          "cross_attention_dim": 1024},
-        {**KL, "scaling_factor": 0.18215}, TURBO, [CLIP_H], {"embedding": (77, 1024)}, TUNE, "unet",
+        SD_VAE, TURBO, [CLIP_H], {"embedding": (77, 1024)}, FEW, "unet",
     ),
     Model(
-        "SDXL-Turbo", "StableDiffusionXLPipeline",
-        {**UNET, "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20],
-         "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10],
-         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-         "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-         "projection_class_embeddings_input_dim": 2816},
-        {**KL, "scaling_factor": 0.13025}, {**TURBO, "_class_name": "EulerAncestralDiscreteScheduler"},
-        [CLIP_L, CLIP_G], {"embedding": (77, 2048), "pooled": (1280,)}, TUNE, "unet",
+        "SDXL-Turbo", "StableDiffusionXLPipeline", ("2.6B", SDXL_PAPER), SDXL, SDXL_VAE,
+        {**TURBO, "_class_name": "EulerAncestralDiscreteScheduler"}, [CLIP_L, CLIP_G], XL_TOLD,
+        {"best of 8, one by one": [512], "best of 8, at once": [512], "guidance, 4 steps": [512], "tune, 1 jump": [512],
+         "tune, 1 jump, checkpointing": [512, 1024]}, "unet",
     ),
     Model(
-        "SD3.5-medium", "StableDiffusion3Pipeline",
+        "LCM_Dreamshaper_v7", "LatentConsistencyModelPipeline", ("860M and a guidance input", SDXL_PAPER),
+        {**SD_15, "time_cond_proj_dim": 256}, SD_VAE, {"_class_name": "LCMScheduler"}, [CLIP_L],
+        {"embedding": (77, 768)}, FEW, "unet",
+    ),
+    Model(
+        "SD 1.5", "StableDiffusionPipeline", ("860M", SDXL_PAPER), SD_15, SD_VAE, {"_class_name": "DDIMScheduler"},
+        [CLIP_L], {"embedding": (77, 768)}, {"distil, 4 rows, checkpointing": [512]}, "unet",
+    ),
+    Model(
+        "SDXL", "StableDiffusionXLPipeline", ("2.6B", SDXL_PAPER), SDXL, SDXL_VAE, {"_class_name": "DDIMScheduler"},
+        [CLIP_L, CLIP_G], XL_TOLD, {"distil, 4 rows, checkpointing": [1024]}, "unet",
+    ),
+    Model(
+        "PixArt-Sigma 512", "PixArtSigmaPipeline", ("0.6B", "arXiv 2403.04692"),
+        {"_class_name": "PixArtTransformer2DModel", "num_layers": 28, "sample_size": 64, "cross_attention_dim": 1152,
+         "caption_channels": 4096, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
+         "out_channels": 8, "patch_size": 2, "norm_type": "ada_norm_single", "use_additional_conditions": False},
+        SDXL_VAE, {"_class_name": "DPMSolverMultistepScheduler"}, [T5_XXL],
+        {"embedding": (300, 4096), "embedding_mask": (300,)}, {"distil, 4 rows, checkpointing": [512]},
+    ),
+    Model(
+        "SD3.5-medium", "StableDiffusion3Pipeline", ("2.5B", "the model card"),
         {"_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
          "caption_projection_dim": 1536, "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)),
          "qk_norm": "rms_norm"},
         {**KL, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}, FLOW,
-        [CLIP_L, CLIP_G, T5_XXL], {"embedding": (333, 4096), "pooled": (2048,)}, ("direct", "distil"),
+        [CLIP_L, CLIP_G, T5_XXL], {"embedding": (333, 4096), "pooled": (2048,)}, DISTILLED,
     ),
     Model(
-        "SANA 1.6B", "SanaPipeline", {"_class_name": "SanaTransformer2DModel"}, DC, FLOW, [GEMMA_2B],
-        {"embedding": (300, 2304), "embedding_mask": (300,)}, ("distil",),
+        "SANA 1.6B", "SanaPipeline", ("1.6B", "arXiv 2410.10629"), {"_class_name": "SanaTransformer2DModel"}, DC, FLOW,
+        [GEMMA_2B], GEMMA_TOLD, {**DISTILLED, "distil, 4 rows, checkpointing": [512, 1024]},
     ),
     Model(
-        "FLUX.1-dev", "FluxPipeline", {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
-        {**KL, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}, FLOW, [CLIP_L, T5_XXL],
-        {"embedding": (512, 4096), "pooled": (768,)}, ("distil",),
+        "FLUX.1-schnell, 8 bits", "FluxPipeline", ("12B", "the model card"), {**FLUX, "guidance_embeds": False},
+        FLUX_VAE, FLOW, [CLIP_L, T5_XXL], FLUX_TOLD,
+        {"best of 8 in 4 jumps, one by one": [512], "tune, last of 4 jumps, checkpointing": [512]},
+        options={"quantised": "int8"},
+    ),
+    Model(
+        "FLUX.1-dev, 8 bits", "FluxPipeline", ("12B", "the model card"), {**FLUX, "guidance_embeds": True}, FLUX_VAE,
+        FLOW, [CLIP_L, T5_XXL], FLUX_TOLD, {"distil, 4 rows, checkpointing": [512, 1024]},
+        options={"quantised": "int8"},
+    ),
+    Model(
+        "FLUX.1-dev", "FluxPipeline", ("12B", "the model card"), {**FLUX, "guidance_embeds": True}, FLUX_VAE, FLOW,
+        [CLIP_L, T5_XXL], FLUX_TOLD, {"distil, 4 rows, checkpointing": [512]},
     ),
 )  # fmt: skip
 
@@ -250,21 +308,27 @@ class Row:
         return [self.model, self.work, str(self.pixels), *sizes, self.phase, f"{self.flops / 1e12:.3g}", *seconds]
 
 
+SIZES = ("network of", "published", "where", "numbers as built here", "text encoders, bfloat16")
 TITLES = ("model", "work", "pixels", "weights", "peak", "in", "TFLOP", *(f"s, {card}" for card in CARDS))
 
 
 def loaded(folder: Path, model: Model, size: int, **options: Any) -> FlowMap:
     """Return a model as a flow map in bfloat16, told what prompts would tell it."""
+    options |= model.options
     flow_map = FlowMap.from_pretrained(folder, dtype="bfloat16", size=size, guidance_scale=1.0, **options)
     flow_map.conditioner = Given(model.told)
     return flow_map
 
 
-def tuned(jumps: int, checkpointing: bool, folder: Path, model: Model, size: int, course: Course) -> None:
+def tuned(
+    jumps: int, checkpointing: bool, last: int | None, folder: Path, model: Model, size: int, course: Course
+) -> None:
     """Take two steps of direct fine-tuning of LoRA."""
     kind = None if jumps == 1 else "velocity"
     flow_map = loaded(folder, model, size, kind=kind, checkpointing=checkpointing)
-    method = DirectBackprop(jumps, penalty="sample", checkpointing=checkpointing and jumps > 1)
+    if last is not None:
+        flow_map = two_times(flow_map)
+    method = DirectBackprop(jumps, penalty="sample", checkpointing=checkpointing and jumps > 1, last=last)
     module = RewardFineTuning(
         flow_map, Preference(), method, adapter=LoRA(16), optimizer=partial(AdamW, lr=1e-4), micro_batch=1,
         consistency=None,
@@ -288,22 +352,16 @@ def steered(method: Any, folder: Path, model: Model, size: int, course: Course) 
 
 
 Work = Callable[[Path, Model, int, Course], None]
-WORK: dict[str, dict[str, Work]] = {
-    "direct": {
-        "tune, 1 jump": partial(tuned, 1, False),
-        "tune, 1 jump, checkpointing": partial(tuned, 1, True),
-        "tune, 2 jumps": partial(tuned, 2, False),
-        "tune, 2 jumps, checkpointing": partial(tuned, 2, True),
-    },
-    "steer": {
-        "best of 8, one by one": partial(steered, BestOfN(n=8, jumps=1, micro_batch=1)),
-        "best of 8, at once": partial(steered, BestOfN(n=8, jumps=1)),
-        "guidance, 4 steps": partial(steered, LookAheadGuidance(4)),
-    },
-    "distil": {
-        "distil, 4 rows": partial(distilled, False),
-        "distil, 4 rows, checkpointing": partial(distilled, True),
-    },
+WORK: dict[str, Work] = {
+    "best of 8, one by one": partial(steered, BestOfN(n=8, jumps=1, micro_batch=1)),
+    "best of 8, at once": partial(steered, BestOfN(n=8, jumps=1)),
+    "best of 8 in 4 jumps, one by one": partial(steered, BestOfN(n=8, jumps=4, micro_batch=1)),
+    "guidance, 4 steps": partial(steered, LookAheadGuidance(4)),
+    "tune, 1 jump": partial(tuned, 1, False, None),
+    "tune, 1 jump, checkpointing": partial(tuned, 1, True, None),
+    "tune, 2 jumps, checkpointing": partial(tuned, 2, True, None),
+    "tune, last of 4 jumps, checkpointing": partial(tuned, 4, True, 1),
+    "distil, 4 rows, checkpointing": partial(distilled, True),
 }
 
 
@@ -319,44 +377,54 @@ def counted(name: str, work: Work, folder: Path, model: Model, size: int) -> Row
     return Row(model.name, name, size, weights, peak.size, peak.phase, operations.flops // steps)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return the table as Markdown."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "|".join([" :-- "] * 2 + [" --: "] * (len(TITLES) - 2)) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+def network_size(model: Model) -> int:
+    """Return how many numbers the files of a model's network hold."""
+    settings = dict(model.network)
+    kind = getattr(library("diffusers"), settings.pop("_class_name"))
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in kind(**settings).state_dict().values())
 
 
-def write(table: str) -> None:
-    """Put the table between its markers in docs/memory.md."""
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """Return a table as Markdown, whose first columns are words and the rest numbers."""
+    lines = [titles, [":--"] * words + ["--:"] * (len(titles) - words), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write(page: str) -> None:
+    """Put what was counted between its markers in docs/memory.md."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{page}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main() -> None:
-    """Count and print one table."""
+    """Count, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of the models' names")
     parser.add_argument("--work", default="", help="a part of the work's names")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="pixels a side")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/memory.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md")
     arguments = parser.parse_args()
-    rows = []
+    if arguments.write and (arguments.only or arguments.work):
+        parser.error("--write is for all rows: leave --only and --work out.")
+    sizes, rows = [], []
     for model in MODELS:
         if arguments.only.lower() not in model.name.lower():
             continue
-        console.print(f"{model.name}: text encoders {text_encoders(model) / GIB:.1f} GiB, read and gone")
+        texts = f"{text_encoders(model) / GIB:.1f} GiB"
+        sizes.append([model.name, model.published[0], model.published[1], f"{network_size(model):,}", texts])
+        console.print(f"{model.name}: {sizes[-1][3]} numbers; text encoders {texts}, read and gone")
         with tempfile.TemporaryDirectory() as folder:
             pipeline = written(model, Path(folder) / "pipeline")
-            for kind in model.work:
-                for name, work in WORK[kind].items():
-                    if arguments.work not in name:
-                        continue
-                    for size in arguments.sizes:
-                        start = time.perf_counter()
-                        rows.append(counted(name, work, pipeline, model, size))
-                        console.print(f"{' | '.join(rows[-1].cells())}   ({time.perf_counter() - start:.0f} s)")
-    console.print(markdown(rows), soft_wrap=True)
+            for name, size in ((name, size) for name, sizes in model.work.items() for size in sizes):
+                if arguments.work not in name:
+                    continue
+                start = time.perf_counter()
+                rows.append(counted(name, WORK[name], pipeline, model, size).cells())
+                console.print(f"{' | '.join(rows[-1])}   ({time.perf_counter() - start:.0f} s)")
+    page = f"{markdown(TITLES, rows, 2)}\n\n{markdown(SIZES, sizes, 3)}"
+    console.print(page, soft_wrap=True)
     if arguments.write:
-        write(markdown(rows))
+        write(page)
 
 
 if __name__ == "__main__":

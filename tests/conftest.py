@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", COLUMNS="140")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are 20 times slower on a busy machine
 for _name in list(os.environ):
     if _name.startswith(("SLURM_", "TORCHELASTIC_")) or _name in {
