@@ -165,7 +165,7 @@ def test_distilled_maps_agree_when_noise_is_added_anew(loader: Any, name: str):
         ("sd-sample", ddim, {"guidance_scale": 1.0}),
         ("pixart", ddim, {"guidance_scale": 4.5}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_diffusion_agrees_through_its_path(loader: Any, name: str, sampler: Any, options: dict[str, Any]):
     flow_map = loader.map(name, kind="velocity", **options)
