@@ -119,6 +119,10 @@ class Shapes(TorchDispatchMode):
             return self._said(args[0])
         if func is aten.equal.default:
             return True
+        if func._overloadpacket is aten.set_:  # how a tensor is copied: it stands on another storage from now on
+            made = func(*args, **kwargs)
+            self._block(made).unreal = True
+            return made
         returns = func._schema.returns
         if returns and all(each.alias_info is not None and not each.alias_info.is_write for each in returns):
             return func(*args, **kwargs)  # a view
@@ -138,7 +142,7 @@ class Shapes(TorchDispatchMode):
 
     def _shape_of(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what an operation makes of shapes, which depends on no number but whole ones."""
-        key = (func, _signature(args), _signature(kwargs))
+        key = (func, torch.get_default_dtype(), _signature(args), _signature(kwargs))
         if key not in self._found:
             every_row: Any = {"meta_nonzero_assume_all_nonzero": True}  # those that are chosen by their values
             try:

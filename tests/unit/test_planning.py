@@ -1,5 +1,6 @@
 """The memory that a recipe needs, counted on shapes alone, against what the same work really holds."""
 
+import copy
 import json
 import resource
 from pathlib import Path
@@ -80,6 +81,18 @@ def _run_a_large_network() -> None:
         assert shapes.hold("weights", network.parameters()) == 8 * 2**31
         network(torch.randn(2**12, 2**15).bfloat16()).square().mean().backward()
         assert shapes.peak.size > 2 * 8 * 2**31  # 16 GiB of weights, and as many of gradients
+
+
+def test_tensors_are_copied_and_types_are_those_of_the_moment():
+    with Shapes() as shapes:
+        table = torch.rand(300, 300)
+        copied = copy.deepcopy(table)
+        assert copied.shape == (300, 300) and shapes.alive >= 2 * table.nbytes
+        made = []
+        for dtype in (torch.bfloat16, torch.float32):
+            torch.set_default_dtype(dtype)
+            made.append(nn.Linear(200, 200).weight.dtype)
+    assert made == [torch.bfloat16, torch.float32]
 
 
 def test_quantised_weights_count_what_they_hold():
