@@ -1,7 +1,7 @@
 """A dress rehearsal of pretrained models: everything that docs/pretrained.md does, at a size that two cores train.
 
     python benchmarks/rehearsal.py make rehearsal      pictures and an untrained pipeline; two CPU cores, 3 min
-    python benchmarks/rehearsal.py run                 every command of docs/pretrained.md's rehearsal; 95 busy minutes
+    python benchmarks/rehearsal.py run                 every command of docs/pretrained.md's rehearsal; 55 min
 
 `make` writes what a user brings: a folder of captioned pictures (rehearsal/pictures, scenes of one shape), and a
 pipeline in diffusers' layout (rehearsal/pipeline) of its real classes: StableDiffusion3Pipeline, whose AutoencoderKL is
