@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed import lightning_pair
 from distributed.lightning_pair import STEPS
+from ports import with_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the run, made once."""
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, str(HERE / "lightning_pair.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, env=with_port(), capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed import precision_pair
 from distributed.precision_pair import ACCUMULATE, CASES, RESUMED, STEPS, STRATEGIES, Case
+from ports import with_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Tensors]:
     folder = tmp_path_factory.mktemp("precision")
     command = [sys.executable, "-m", "distributed.precision_pair", str(folder)]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, cwd=root, env=with_port(), capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 

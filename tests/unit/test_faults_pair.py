@@ -9,6 +9,7 @@ import faults_pair
 import pytest
 import torch
 from faults_pair import Sick, fit, training
+from ports import with_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     fit(training(), 2, RandomState(), Checkpoints(folder / "one", 2), devices=1)
     command = [sys.executable, faults_pair.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, env=with_port(), capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
