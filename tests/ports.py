@@ -20,5 +20,10 @@ def free_port() -> int:
 
 
 def with_port() -> dict[str, str]:
-    """Return the environment of a command whose processes meet at a port of its own."""
-    return {**os.environ, "MASTER_PORT": str(free_port())}
+    """Return the environment of a command whose processes meet at a port of its own, and are no part of another run.
+
+    Lightning leaves LOCAL_RANK and its like in the environment of a process that it started others from.
+    """
+    others = {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+    own = {name: value for name, value in os.environ.items() if name not in others}
+    return {**own, "MASTER_PORT": str(free_port())}
