@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 from rich.logging import RichHandler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from steerfm import config
 from steerfm.config import Composed
@@ -120,7 +121,7 @@ def in_one_sentence(error: Exception, values: dict[str, Any]) -> SteerfmError | 
             f"Out of memory ({what_was_asked(error)}): lower {lower or 'the size of the batches'} (null is all at "
             f"once), and give the run another name; {kept}."
         )
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+    if _reader_died(error):
         return DataError(
             f"A process that reads data has died ({first_sentence(error)}), often for want of memory: give the data "
             f"fewer workers, or run the same command again; {kept}."
@@ -133,6 +134,18 @@ def in_one_sentence(error: Exception, values: dict[str, Any]) -> SteerfmError | 
             f"{place.lineno}: mend it, and run the same command again; {kept}."
         )
     return None
+
+
+def _reader_died(error: Exception) -> bool:
+    """Return whether an error means that a data worker has died: PyTorch's word for it, or a connection cut before.
+
+    Tensors come through a connection of their own. A worker that dies while one is fetched breaks that connection,
+    and PyTorch passes the break on where the system has not yet reported the death.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return True
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, OSError | EOFError) and _MultiProcessingDataLoaderIter._try_get_data.__code__ in codes
 
 
 def _reward_that_raised(error: Exception) -> str:

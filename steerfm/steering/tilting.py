@@ -69,11 +69,15 @@ class FlowMapTilting(Populations):
         return population.outcome(run.seeds, guidance_note(run))
 
     def _move(self, run: Run, x: State, gradient: State, s: float, t: float, step: int) -> State:
-        """Jump from s to t, then add the step's drift g^2/2 (score + grad V) and its noise."""
+        """Jump from s to t, then add the step's drift g^2/2 (score + grad V) and its noise.
+
+        V has alpha(t), where the weights are by now: with alpha(s) drift and noise would leave another distribution
+        than the weighted one as it is, and the mode weights of a sharp reward would be further off.
+        """
         times, path = as_times(s, x), run.flow_map.path
         g2 = path.gentle_noise(times)
         score = path.score(x, run.velocity(x, s), times)
-        potential = unsqueeze_like(path.alpha(times) / self.temperature, x) * gradient
+        potential = shares(path, t)[0] / self.temperature * gradient
         drift = unsqueeze_like(g2 / 2, x) * (score + potential)
         return sde_step(run.jump(x, s, t), drift, g2, s - t, run.noise(self.particles, "step", step)).x_next
 

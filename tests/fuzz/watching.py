@@ -50,8 +50,8 @@ class _Watch:
     hooked = False
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _Watch.folder is None:
+def _audit(event: str, arguments: tuple[Any, ...], watch: type[_Watch] = _Watch) -> None:
+    if watch.folder is None:  # also at the end of the process, when the names of this file are gone already
         return
     if event == "subprocess.Popen" and arguments[0] in LINKER:
         return
@@ -60,7 +60,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     found = found or (event == "open" and _is_write(arguments) and not _is_inside(arguments[0]))
     found = found or (event in CHANGES and not _is_inside(arguments[0]))
     if found:
-        _Watch.seen.append(f"{event} {arguments!r:.300}")
+        watch.seen.append(f"{event} {arguments!r:.300}")
 
 
 def _is_local(address: Any) -> bool:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from functools import partial
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, Dataset
 from trainers import copied, digit_map, equal, trainer
 
 from steerfm import (
@@ -35,6 +37,7 @@ from steerfm import (
 )
 from steerfm.callbacks import Checkpoints, RandomState, SkipNonFinite, StopOnSignal
 from steerfm.callbacks.checkpoints import newest_first
+from steerfm.commands.common import in_one_sentence
 from steerfm.errors import ConfigError, RewardError, TrainingError
 from steerfm.memory import in_micro_batches, out_of_memory
 from steerfm.objectives import SelfAverage
@@ -444,6 +447,38 @@ def test_steering_goes_on_in_smaller_micro_batches(method: Any) -> None:
     expected = method(flow_map, brightness, prompts=prompts, seeds=seeds)
     assert torch.allclose(found.x0, expected.x0, atol=1e-5)
     assert found.cost.reward_calls == expected.cost.reward_calls
+
+
+class CutOff(Dataset[Tensor]):
+    """Rows of a process whose connection for the first is gone when the second is made, though it lives."""
+
+    def __init__(self, gone: Path) -> None:
+        self.gone = gone
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 1:
+            while not vars(resource_sharer)["_resource_sharer"]._cache:  # the first is on offer
+                time.sleep(0.01)
+            resource_sharer.stop()
+            self.gone.touch()
+        return torch.zeros(2)
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_connection_cut_by_a_data_worker_is_told_as_its_death(tmp_path: Path) -> None:
+    rows = iter(DataLoader(CutOff(tmp_path / "gone"), batch_size=None, num_workers=1))
+    while not (tmp_path / "gone").exists():
+        time.sleep(0.01)
+    with pytest.raises(OSError) as cut:
+        next(rows)
+    told = in_one_sentence(cut.value, {})
+    assert told is not None
+    assert "A process that reads data has died (" in str(told)
+    with pytest.raises(OSError) as other:
+        (tmp_path / "nothing").read_bytes()
+    assert in_one_sentence(other.value, {}) is None
 
 
 def test_one_row_that_is_too_much_and_other_errors_are_told() -> None:
