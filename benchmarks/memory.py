@@ -1,6 +1,6 @@
 """What tuning and steering published models hold in memory at most, counted without their weights and without a GPU.
 
-    python benchmarks/memory.py --write        the tables of docs/memory.md; one core, half an hour, little memory
+    python benchmarks/memory.py --write        the tables of docs/memory.md; one core, ten minutes, little memory
     python benchmarks/memory.py --only sana    some models, printed
 
 Networks, decoders and text encoders are built from published models' settings, and the size of the network stands

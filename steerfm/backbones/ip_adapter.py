@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.backbones.families import IMAGE
-from steerfm.backbones.pipeline_files import PipelineFiles, _quiet, library
+from steerfm.backbones.pipeline_files import PipelineFiles, library
 from steerfm.backbones.pipeline_prompts import PipelinePrompts
 from steerfm.backbones.recent import Recent
 from steerfm.building import remembered
@@ -26,6 +26,7 @@ from steerfm.conditions.pictures import joined, parts_of, read_pixels
 from steerfm.conditions.text_files import TextFiles
 from steerfm.errors import CheckpointError
 from steerfm.files import file_fingerprint
+from steerfm.logs import quiet
 from steerfm.types import Condition
 
 ENCODER = "image_encoder"  # the folder beside a published file
@@ -141,7 +142,7 @@ class IPAdapter:
         try:
             if (ours, width) != (theirs, wanted):
                 raise ValueError(f"{ours} layers of width {width}, and the U-Net has {theirs} of {wanted}")
-            with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _quiet():
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]), quiet():
                 unet._load_ip_adapter_weights([tensors], low_cpu_mem_usage=False)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -161,7 +162,7 @@ class IPAdapter:
     def load_into(self, pipeline: Any) -> None:
         """Let a pipeline of diffusers load it, without its encoder."""
         path = Path(self.file)
-        with _quiet():
+        with quiet():
             pipeline.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
         pipeline.set_ip_adapter_scale(self.scale)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from steerfm.errors import CheckpointError, SteerfmError, TrustError, missing_package
+from steerfm.logs import quiet
 from steerfm.saving import DTYPES
 
 INDEX = "model_index.json"
@@ -116,7 +116,7 @@ class PipelineFiles:
         of_diffusers = kind.__module__.startswith("diffusers.")
         options |= {"use_safetensors": True, "variant": self.variant, "output_loading_info": True}
         options |= {"torch_dtype": dtype} if of_diffusers else {"dtype": dtype, "trust_remote_code": False}
-        with self._telling(part), torch.inference_mode(False), torch.random.fork_rng(devices=[]), _quiet():
+        with self._telling(part), torch.inference_mode(False), torch.random.fork_rng(devices=[]), quiet():
             model, report = kind.from_pretrained(self.source, **options)
         unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
         if unfit:
@@ -164,7 +164,7 @@ def library(name: str) -> Any:
     try:
         found = importlib.import_module(name)
         if name == "diffusers":  # torchao has much to say on its own import, which happens here if it is installed
-            with _quiet():
+            with quiet():
                 importlib.import_module("diffusers.quantizers")
         return found
     except ModuleNotFoundError as error:
@@ -175,17 +175,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries from listing weights of the parts that are left out, and how their own parts fit together."""
-    loggers = [logging.getLogger(name) for name in (*LIBRARIES, "torch.utils._pytree")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

@@ -30,9 +30,9 @@ class PipelineNetwork(nn.Module):
     in pixels, one number or (height, width); the pipeline's own where nothing is said. checkpointing: keep the inputs
     of its blocks alone for the backward pass. quantised: "int8" holds the weights of linear layers in 8 bits, frozen,
     for LoRA on top, by torchao. ip_adapter: reads "image_embedding" beside the text, frozen, and no part of what is
-    saved. States and times are float32 whatever the type of its weights is: a time of 8 bits is
-    another training step. Its weights take gradients; a saved map holds those that are not as they were published,
-    and reads the rest anew.
+    saved. States and times are float32 whatever the type of its weights is: a time of 8 bits is another training
+    step. Its weights take gradients; a saved map holds those that are not as they were published, and reads the rest
+    anew.
     """
 
     state_dtype = torch.float32

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from steerfm.backbones.pipeline_files import PipelineFiles, _quiet
+from steerfm.backbones.pipeline_files import PipelineFiles
 from steerfm.callbacks import EMA, GuardRails, SampleGrid
 from steerfm.commands.env import machine_memory
 from steerfm.commands.shapes import Peak, Shapes
@@ -399,7 +399,7 @@ def no_weights() -> Iterator[None]:
 
 def _unfilled(files: PipelineFiles, part: str, kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """Return a part of a pipeline without its weights; reading it is what `PipelineFiles` does."""
-    with files._telling(part), torch.inference_mode(False), _quiet(), _made_in(dtype):
+    with files._telling(part), torch.inference_mode(False), quiet(), _made_in(dtype):
         if kind.__module__.startswith("diffusers."):
             model = kind.from_config(files.config(part))
         else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steerfm.errors import CheckpointError, ConfigError, TrustError, nearest
+from steerfm.logs import quiet
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 FOLDER, HUB = "local-dir:", "hf-hub:"
@@ -58,7 +59,7 @@ def load_text_model(encoder: str, weights: str | None = None) -> TextModel:
     `weights` (a hub tag or a file). Raises CheckpointError, ConfigError or TrustError.
     """
     found = _open_clip_source(encoder, weights)
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _quiet():
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), quiet(), _root_handled():
         model = _Transformers(encoder) if found is None else _OpenClip(*found)
     model.module = model.module.eval().float().requires_grad_(False)
     return model
@@ -220,14 +221,11 @@ def _unloadable(source: str, error: Exception) -> CheckpointError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from listing the weights of the parts we leave out, and open_clip from setting up logging."""
-    root, silent, theirs = logging.getLogger(), logging.NullHandler(), logging.getLogger("transformers")
-    level = theirs.level
+def _root_handled() -> Iterator[None]:
+    """Keep open_clip from setting up logging, which it does where the root logger has no handler."""
+    root, silent = logging.getLogger(), logging.NullHandler()
     root.addHandler(silent)
-    theirs.setLevel(logging.ERROR)
     try:
         yield
     finally:
         root.removeHandler(silent)
-        theirs.setLevel(level)

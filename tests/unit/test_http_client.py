@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
+from ports import free_port
 from tiny_service import Asked, Told, service
 
 from steerfm import http_client
@@ -32,12 +32,6 @@ def token(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def quick(address: str, token_from: str | None = None, **options: Any) -> Client:
     return Client(address, token_from, **{"timeout": 5.0, "pause": 0.01, **options})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_what_is_posted_arrives_and_what_is_answered_comes_back():
