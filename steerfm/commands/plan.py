@@ -30,6 +30,7 @@ from steerfm.config import Composed
 from steerfm.errors import CheckpointError, ConfigError, RewardError, TrustError
 from steerfm.flow_map import declared
 from steerfm.http_client import Client
+from steerfm.logs import quiet
 from steerfm.modules import SteeredSampling
 from steerfm.reward import Reward, Scores
 from steerfm.sampling import Unsteered
