@@ -1,10 +1,11 @@
 """What several processes cost: DDP's throughput against one process, and memory under FSDP2 against DDP.
 
-    python benchmarks/scaling.py throughput      two CPU cores, about 4 min
+    python benchmarks/scaling.py throughput      two CPU cores, about 5 min
     python benchmarks/scaling.py memory          two CPU cores, about 2 min
 
 Throughput: two processes of one thread, each with its rows of a batch twice as large, against one process of one
-thread. Rounds alternate, so that a slow spell of the machine hits both. The seconds of a step are the fastest round's;
+thread, alone; and against two that step side by side and know nothing of each other, which tells what they pay for
+one machine's memory from what they pay for DDP. Rounds alternate, so that a slow spell of the machine hits both. The seconds of a step are the fastest round's;
 processor seconds, which another program's load hardly changes, are those of one process, gloo's threads among them,
 and the median of the rounds' ratios. A step is that of recipe=digits with a larger map: flow matching on three quarters
 of 512 rows a process and LSD on the rest, AdamW.
@@ -42,6 +43,7 @@ from steerfm.distributed import share_out, wait, world
 from steerfm.objectives.flow_matching import flow_matching
 
 ROWS, STEPS, ROUNDS = 512, 8, 6
+KINDS = {"one": "one process", "apart": "two, unconnected", "two": "two (DDP)"}
 LARGE: dict[str, Any] = {"patch": 2, "width": 512, "depth": 12, "heads": 8}
 
 
@@ -75,17 +77,17 @@ def stepper(run: nn.Module, parameters: Any, rows: int, shape: tuple[int, ...]) 
 
 
 def throughput() -> list[dict[str, float]]:
-    """Return the seconds, and this process's processor seconds, of a step in each round; one process alone first."""
+    """Return the seconds, and this process's processor seconds, of a step in each round, of each of KINDS."""
     torch.manual_seed(0)
     loss = Loss(FlowMap(MLP((1, 8, 8), width=512, depth=4, expansion=2.0)))
-    kinds = {"one": loss, "two": DistributedDataParallel(loss)}
+    kinds = dict(zip(KINDS, (loss, loss, DistributedDataParallel(loss)), strict=True))
     steps = {name: stepper(run, loss.parameters(), ROWS, (1, 8, 8)) for name, run in kinds.items()}
     found = []
     for turn in range(ROUNDS + 1):  # the first is not counted
         row = {}
         for name, step in steps.items():
             wait()
-            if name == "two" or world()[0] == 0:  # alone: the other waits, and sleeps in the socket
+            if name != "one" or world()[0] == 0:  # one: the other waits, and sleeps in the socket
                 wall, processor = time.perf_counter(), time.process_time()
                 for _ in range(STEPS):
                     step()
@@ -165,13 +167,18 @@ def main() -> None:
 
 
 def _print_throughput(rounds: list[dict[str, float]]) -> None:
-    table = Table("", "one process", "two (DDP)", "overhead")
+    table = Table("", *KINDS.values(), "DDP over one", "over unconnected")
     for title, end in (("fastest step, ms", ""), ("processor time of a process, ms", "_processor")):
-        one, two = ([each[f"{name}{end}"] for each in rounds] for name in ("one", "two"))
-        ratio = statistics.median(b / a for a, b in zip(one, two, strict=True)) if end else min(two) / min(one)
-        table.add_row(title, f"{1e3 * min(one):.1f}", f"{1e3 * min(two):.1f}", f"{100 * (ratio - 1):.0f} %")
-    one, two = (ROWS * n / min(each[name] for each in rounds) for n, name in ((1, "one"), (2, "two")))
-    table.add_row("rows a second", f"{one:.0f}", f"{two:.0f}", f"{two / one:.2f} times as many")
+        columns = {name: [each[f"{name}{end}"] for each in rounds] for name in KINDS}
+        more = []
+        for name in ("one", "apart"):
+            ratios = [b / a for a, b in zip(columns[name], columns["two"], strict=True)]
+            more.append(statistics.median(ratios) if end else min(columns["two"]) / min(columns[name]))
+        cells = [f"{1e3 * min(column):.1f}" for column in columns.values()]
+        table.add_row(title, *cells, *(f"{100 * (ratio - 1):+.0f} %" for ratio in more))
+    rows = [ROWS * (1 if name == "one" else 2) / min(each[name] for each in rounds) for name in KINDS]
+    times = [f"{rows[2] / each:.2f} times" for each in rows[:2]]
+    table.add_row("rows a second", *(f"{each:.0f}" for each in rows), *times)
     Console().print(table)
 
 

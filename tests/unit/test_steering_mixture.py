@@ -109,12 +109,14 @@ def test_evidence_comes_with_an_error_of_first_order(record_property: Callable[.
     """log of the mean weight against log Z: the steps' error halves with the step, so extrapolating removes it.
 
     The estimate's own deviation is sqrt(1 / effective size) = 0.02 a run; three runs, extrapolated (2 fine -
-    coarse): 0.02 sqrt(5 / 3) = 0.026, of which four are allowed.
+    coarse): 0.02 sqrt(5 / 3) = 0.026, of which four are allowed. With the potential's gradient at alpha(s), where
+    the weights are no longer, the error at 50 steps is -0.31 in place of -0.22.
     """
     coarse, fine = tilt_with_weights(0.2, [0, 1, 2], steps=50), three_seeds(0.2)
     errors = [evidence_error(out, 0.2) for out in (coarse, fine)]
     record_property("error of the log evidence at sigma = 0.2, 50 and 100 steps", errors)
     assert abs(2 * errors[1] - errors[0]) < 0.11
+    assert abs(errors[0]) < 0.27
     assert abs(errors[1]) < 0.7 * abs(errors[0])
     assert abs(evidence_error(three_seeds(1.0), 1.0)) < 0.05
 
