@@ -4,11 +4,11 @@
     python benchmarks/scaling.py memory          two CPU cores, about 2 min
 
 Throughput: two processes of one thread, each with its rows of a batch twice as large, against one process of one
-thread, alone; and against two that step side by side and know nothing of each other, which tells what they pay for
-one machine's memory from what they pay for DDP. Rounds alternate, so that a slow spell of the machine hits both. The seconds of a step are the fastest round's;
-processor seconds, which another program's load hardly changes, are those of one process, gloo's threads among them,
-and the median of the rounds' ratios. A step is that of recipe=digits with a larger map: flow matching on three quarters
-of 512 rows a process and LSD on the rest, AdamW.
+thread, alone; and against two that step side by side and know nothing of each other, which tells what they pay for one
+machine's memory from what they pay for DDP. Rounds alternate, so that a slow spell of the machine hits all three. The
+seconds of a step are the fastest round's; processor seconds, which another program's load hardly changes, are those of
+one process, gloo's threads among them, and the median of the rounds' ratios. A step is that of recipe=digits with a
+larger map: flow matching on three quarters of 512 rows a process and LSD on the rest, AdamW.
 
 Memory: what one process of two holds after a step of AdamW on a DiT of 58 million parameters in float32: the weights,
 gradients and optimiser states that it keeps, and the most that it ever had resident beyond what it began with.
