@@ -12,7 +12,7 @@ from torch.nn import functional
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.networks.attention import Attention
-from steerfm.networks.embeddings import start_at_zero
+from steerfm.networks.embeddings import check_depth, start_at_zero
 from steerfm.networks.told import Told
 from steerfm.types import Condition, State, Times
 
@@ -122,6 +122,7 @@ def _check(data_shape: tuple[int, ...], patch: int, width: int, depth: int, deco
             f"A DiT of patch {patch} needs pictures (C, H, W) with H and W divisible by it, got {data_shape}: use "
             "another patch or pad the pictures."
         )
+    check_depth(depth=depth)
     if width < 4 or depth < 1 or not 0 <= decoupled < depth:
         raise ConfigError(
             "A DiT needs a width of at least 4, one block or more, and fewer decoupled blocks than blocks: got "

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from steerfm.errors import ConfigError
 from steerfm.types import Condition, Times
 
+DEEPEST = 1000  # layers
+
 
 class TimeEmbedding(nn.Module):
     """Embed source time s, target time t and the signed interval t - s; (B,), (B,) -> (B, width).
@@ -96,6 +98,13 @@ def conditioning(
             f"This network takes no condition, got one with {list(condition.tensors)}: give it num_classes, or a text."
         )
     return embedding
+
+
+def check_depth(**counts: int) -> None:
+    """Raise ConfigError for more layers than anyone trains: making billions would not end for hours."""
+    for name, count in counts.items():
+        if count > DEEPEST:
+            raise ConfigError(f"{name} is at most {DEEPEST}, got {count}.")
 
 
 def start_at_zero(layer: nn.Module) -> None:

@@ -15,6 +15,7 @@ from steerfm.networks.embeddings import (
     ClassEmbedding,
     GuidanceEmbedding,
     TimeEmbedding,
+    check_depth,
     conditioning,
     start_at_zero,
 )
@@ -60,6 +61,7 @@ class MLP(nn.Module):
         guidance_input: bool = False,
     ) -> None:
         super().__init__()
+        check_depth(depth=depth)
         self.data_shape = tuple(data_shape)
         self.guidance_input = guidance_input
         self.time = TimeEmbedding(width, frequencies, max_rate)
@@ -90,6 +92,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, data_shape: Sequence[int], width: int = 256, depth: int = 4) -> None:
         super().__init__()
+        check_depth(depth=depth)
         self.data_shape = tuple(data_shape)
         size = math.prod(data_shape)
         widths = [size + 2, *[width] * depth]

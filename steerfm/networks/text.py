@@ -13,6 +13,7 @@ from torch.nn import functional
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.networks.attention import Attention
+from steerfm.networks.embeddings import check_depth
 from steerfm.types import Condition
 
 
@@ -65,6 +66,7 @@ class WordEncoder(nn.Module):
         self.width = width
         self.words = nn.Embedding(vocabulary_size + 2, width)
         self.places = nn.Parameter(0.5 * torch.randn(length + 1, width))
+        check_depth(layers=layers)
         self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
@@ -90,6 +92,7 @@ class _Whole(nn.Module):
         if layers < 1:
             raise ConfigError(f"A text needs at least 1 layer, in which its first token sees the others: got {layers}.")
         self.first = nn.Parameter(0.5 * torch.randn(1, width))
+        check_depth(layers=layers)
         self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from steerfm.building import remembered
 from steerfm.errors import ConfigError
 from steerfm.networks.attention import Attention
-from steerfm.networks.embeddings import start_at_zero
+from steerfm.networks.embeddings import check_depth, start_at_zero
 from steerfm.networks.told import Told
 from steerfm.types import Condition, State, Times
 
@@ -103,6 +103,7 @@ class UNet(Told):
         width = 4 * channels[0]
         super().__init__(data_shape, width, num_classes, frequencies, max_rate, text, picture_channels, guidance_input)
         _check_shape(self.data_shape, len(channels), patch)
+        check_depth(blocks=blocks)
         if attention_heads and channels[-1] % attention_heads:
             raise ConfigError(
                 f"attention_heads must divide the last of channels, {channels[-1]}: got {attention_heads}."

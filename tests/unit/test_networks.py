@@ -1,6 +1,7 @@
 """Networks and conditions: shapes, what the output depends on, where it starts, and what is refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from steerfm.conditions import Labels
 from steerfm.errors import ConfigError
-from steerfm.networks import MLP, DiT, UNet
+from steerfm.networks import MLP, DiT, PlainMLP, UNet, WordEncoder
 from steerfm.networks.embeddings import TimeEmbedding
 from steerfm.networks.mlp import randomise
 from steerfm.types import Condition, Cost
@@ -216,3 +217,19 @@ def test_conditions_need_one_batch_size(tensors: dict[str, Tensor]):
 
 def test_costs_add_up():
     assert Cost(1, 2, 3, 4.0) + Cost(10, 20, 30, 40.0) == Cost(11, 22, 33, 44.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (lambda n: MLP((2,), width=4, depth=n), "depth"),
+        (lambda n: PlainMLP((2,), width=4, depth=n), "depth"),
+        (lambda n: DiT((1, 4, 4), patch=2, width=8, depth=n, heads=2), "depth"),
+        (lambda n: UNet((1, 4, 4), channels=(8, 8), blocks=n), "blocks"),
+        (lambda n: WordEncoder(5, width=8, layers=n, heads=2), "layers"),
+    ],
+    ids=["mlp", "plain", "dit", "unet", "words"],
+)
+def test_more_layers_than_can_be_made_are_refused_at_once(made: Callable[[int], Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=f"{what} is at most 1000, got 2147483648"):
+        made(2**31)
