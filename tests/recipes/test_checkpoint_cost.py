@@ -22,7 +22,7 @@ RUNS = {  # two checkpoints each
         "recipe=digits_finetune",
         "trainer.max_steps=50",
         "map=runs/digits",
-        "clip=runs/digits_clip/clip",
+        "clip=runs/digits_clip",
     ],
 }
 
