@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from steerfm.conditions.pictures import MAX_PIXELS
+from steerfm.conditions.pictures import MAX_BYTES, MAX_PIXELS
 from steerfm.report.compare import Comparison
 from steerfm.report.sources import FORMATS, UNREADABLE, Source
 
@@ -58,7 +59,10 @@ def read_picture(path: Path | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        if path.stat().st_size > MAX_BYTES:
+            return None
+        # From memory: a damaged PNG can tell Pillow to ask a file for gigabytes, for which the system would make room.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None
             return np.asarray(image.convert("RGB"))

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from steerfm import MLP, FlowMap, config
 from steerfm.building import build, resolve
@@ -255,13 +257,34 @@ def test_a_picture_of_a_run_is_png_or_is_not_read(workplace: Path):
     assert load(folder).x0 is not None
 
 
+def test_a_picture_that_claims_gigabytes_takes_none(tmp_path: Path):
+    """The length of a damaged PNG's chunk is what Pillow asks the file for, and a file makes room before it reads."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "huge.png")
+    data = bytearray((tmp_path / "huge.png").read_bytes())
+    place = data.index(b"IDAT")
+    data[place - 4 : place] = (2**32 - 1).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(data)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, before[1]))
+    try:
+        read_picture(tmp_path / "huge.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_a_map_far_larger_than_its_weights_is_refused(workplace: Path):
     folder = FlowMap(MLP((2,), width=4, depth=1)).save(workplace / "map")
     described = json.loads((folder / "flow_map.json").read_text())
-    for change in ({"width": 10**6}, {"depth": 10**7}):
+    far = "far larger than its weights"
+    for change, said in (
+        ({"width": 10**6}, far),
+        ({"width": 50, "depth": 1000}, far),
+        ({"depth": 10**7}, "at most 1000"),
+    ):
         described["flow_map"]["network"] |= change
         (folder / "flow_map.json").write_text(json.dumps(described))
-        with pytest.raises(CheckpointError, match="far larger than its weights"):
+        with pytest.raises(CheckpointError, match=said):
             FlowMap.load(folder)
 
 
