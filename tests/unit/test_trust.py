@@ -279,7 +279,7 @@ def test_a_map_far_larger_than_its_weights_is_refused(workplace: Path):
     far = "far larger than its weights"
     for change, said in (
         ({"width": 10**6}, far),
-        ({"width": 50, "depth": 1000}, far),
+        ({"width": 500, "depth": 1000}, far),
         ({"depth": 10**7}, "at most 1000"),
     ):
         described["flow_map"]["network"] |= change
