@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --python $(BIN)/python -e '.[dev]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## run the main job on real digits: learn, fine-tune, steer, compare (minutes, no GPU)
+demo: $(STAMP)  ## run the main job: steer and fine-tune a trained text-to-image map, compare (minutes, no GPU)
 	$(BIN)/steerfm demo
 
 WORKERS := 2

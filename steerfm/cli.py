@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reward(commands)
     _add_recipes(commands)
     demo = commands.add_parser("demo", help="run a whole list of recipes, from training to comparison")
-    demo.add_argument("name", nargs="?", default="digits", help="a list of recipes (default: digits)")
+    demo.add_argument("name", nargs="?", default="shapes", help="a list of recipes (default: shapes)")
     demo.add_argument("--folder", default="runs", help="where the runs go (default: runs)")
     _add_shared(demo)
     export = commands.add_parser(
