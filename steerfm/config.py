@@ -325,9 +325,11 @@ def _check_options(chosen: list[Override], library: Library) -> None:
 
 
 def _check_command(command: str, recipe: str, base: Any) -> None:
-    wanted = base.get("command")
+    written: Any = OmegaConf.to_container(base, resolve=False)  # with ${...} as it stands: here it could read anything
+    wanted = written.get("command")
     if wanted != command:
-        raise ConfigError(f"'{recipe}' is a recipe for another command: steerfm {wanted} recipe={recipe}")
+        said = " ".join(str(wanted).split())
+        raise ConfigError(f"'{recipe}' is a recipe for another command: steerfm {said} recipe={recipe}")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,16 @@ def composed(text: str, *overrides: str) -> config.Composed:
     return config.compose("train", ["recipe=sent", *overrides])
 
 
+@pytest.mark.parametrize("command", ["${zoo:../x}", "${oc.env:STEERFM_SECRET}", "${nothing.like.it}", "[a, b]"])
+def test_the_command_of_a_recipe_is_a_word(workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("STEERFM_SECRET", "s3cr3t")
+    Path("recipes/recipe").mkdir(parents=True)
+    Path("recipes/recipe/sent.yaml").write_text(f"# @package _global_\ncommand: {command}\n")
+    with pytest.raises(ConfigError, match="'sent' is a recipe for another command") as error:
+        config.compose("train", ["recipe=sent"])
+    assert "s3cr3t" not in str(error.value)
+
+
 METHODS = [  # a method could be handed any object, and what is inherited is not ours
     "steerfm.runs.Run.write_text",
     "steerfm.runs.Run.config.fget",
