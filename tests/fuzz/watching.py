@@ -80,6 +80,8 @@ def _is_inside(path: Any) -> bool:
     place = os.path.realpath(os.fsdecode(path))
     if place.startswith(os.path.join(tempfile.gettempdir(), "torchinductor")):  # made as PyTorch's compiler is imported
         return True
+    if f"{os.sep}.hypothesis{os.sep}" in place:  # what Hypothesis keeps of the modules that were imported
+        return True
     return place == os.devnull or place.startswith(str(_Watch.folder)) or "__pycache__" in place
 
 
