@@ -6,10 +6,11 @@ import html
 import http.server
 import re
 import socket
+import sys
 import webbrowser
 from http import HTTPStatus
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from steerfm.errors import RunError
 from steerfm.runs import find_run
@@ -66,6 +67,11 @@ class PageServer(http.server.ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = HOST, self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a connection that broke, which the browser does, and we do as we stop."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):

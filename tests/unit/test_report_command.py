@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from made_runs import make_run
 from steerfm import report
 from steerfm.cli import main, parse
 from steerfm.errors import RunError
-from steerfm.report.serve import STRICTEST, PageServer, page_of, policy
+from steerfm.report.serve import HOST, STRICTEST, PageServer, page_of, policy
 from steerfm.runs import Run
 
 
@@ -121,6 +122,17 @@ def test_a_page_elsewhere_cannot_reach_it_by_a_name_of_its_own(server: PageServe
     answer, body = ask(server, "/", headers={"Host": host.format(port=server.server_port)})
     assert answer.status == 421
     assert b"base" not in body
+
+
+def test_a_connection_that_breaks_is_not_spoken_of(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_connection((HOST, server.server_port), timeout=10) as connection:
+        connection.sendall(b"GET /missing HTTP/1.1\r\n")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+    before = time.monotonic()
+    while any("process_request_thread" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < before + 20
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
 
 
 def test_it_listens_on_this_machine_alone(server: PageServer) -> None:
