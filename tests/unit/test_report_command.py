@@ -126,7 +126,10 @@ def test_a_page_elsewhere_cannot_reach_it_by_a_name_of_its_own(server: PageServe
 
 def test_a_connection_that_breaks_is_not_spoken_of(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_connection((HOST, server.server_port), timeout=10) as connection:
-        connection.sendall(b"GET /missing HTTP/1.1\r\n")
+        connection.sendall(f"HEAD / HTTP/1.1\r\nHost: {HOST}:{server.server_port}\r\n\r\n".encode())
+        assert b"200" in connection.recv(65536)  # so that a thread is there, and waits for more
+        assert any("process_request_thread" in thread.name for thread in threading.enumerate())
+        connection.sendall(b"GET / HTTP/1.1\r\n")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
     before = time.monotonic()
     while any("process_request_thread" in thread.name for thread in threading.enumerate()):
