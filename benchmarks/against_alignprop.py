@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,7 @@ def python_of(environment: Path) -> str:
     wanted = [f"torch=={torch.__version__.partition('+')[0]}", "-r", str(SIDES / "requirements.txt")]
     try:
         if not python.exists():
-            venv.create(environment, with_pip=True)
+            subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         console.print(f"Completing {environment}, which may take minutes")
         done = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], stderr=subprocess.PIPE, text=True)
         failed = done.returncode != 0
@@ -281,9 +280,8 @@ def tasks(folder: Path, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return task | theirs, task | ours
 
 
-def run(folder: Path, environment: Path, steps: int) -> None:
-    """Fine-tune on both sides, and print the tables."""
-    python = python_of(environment)
+def run(folder: Path, python: str, steps: int) -> None:
+    """Fine-tune on both sides, AlignProp by the Python of its environment, and print the tables."""
     theirs, ours = tasks(folder, steps)
     tuned = {"AlignProp": done(folder / "alignprop", python, theirs)}
     as_long = {"steps": 10**6, "seconds": sum(tuned["AlignProp"]["seconds"])}
@@ -311,7 +309,7 @@ def main() -> None:
     """Make what is missing, run both sides, and print what they cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/alignprop", help="where everything is kept")
-    parser.add_argument("--environment", type=Path, default=ROOT / ".venv-alignprop", help="TRL's, made where missing")
+    parser.add_argument("--environment", type=Path, help="TRL's, made where it is missing (default: in the folder)")
     parser.add_argument("--steps", type=int, default=30, help="of AlignProp (default: 30)")
     parser.add_argument("--pictures", type=int, default=20_000, help="to train on (default: 20,000)")
     parser.add_argument("--training", type=int, nargs=3, default=(600, 500, 250), metavar="N",
@@ -319,11 +317,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder.resolve()
+    environment = (arguments.environment or folder / "environment").absolute()
     try:
-        python_of(arguments.environment)  # before the work of minutes
+        python = python_of(environment)  # before the work of minutes
         made = make(folder, arguments.pictures, *arguments.training)
         console.print("Seconds to make: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in made.items()))
-        run(folder, arguments.environment, arguments.steps)
+        run(folder, python, arguments.steps)
     except SteerfmError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
