@@ -102,9 +102,10 @@ class FlowMapTraining(lightning.LightningModule):
         self.times = times or Triangle()
         self.diagonal = diagonal
         self.weighting = weighting or Uniform()
-        teachers, companions = parts_of({"objective": self.objective, "diagonal": diagonal})
-        self._teachers = [Guest(teacher) for teacher in teachers]
-        self.companions = nn.ModuleDict(companions)
+        parts = parts_of({"objective": self.objective, "diagonal": diagonal})
+        self._teachers = [Guest(teacher) for teacher in parts.teachers]
+        self.companions = nn.ModuleDict(parts.companions)
+        self.leaves_out = parts.leaves_out
         self._followers = Followers(self.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=3e-4)
         self.scheduler = scheduler

@@ -96,9 +96,10 @@ class RewardFineTuning(lightning.LightningModule):
         self.times = times or Anchored(Triangle(diagonal=0.0))
         if self.times.diagonal_rows(100):
             raise ConfigError("The velocity is the method's to move: the times of consistency need diagonal=0.")
-        teachers, companions = parts_of({"method": self.method, "consistency": self.consistency})
-        self._teachers = [Guest(teacher) for teacher in teachers]
-        self.companions = nn.ModuleDict(companions)
+        parts = parts_of({"method": self.method, "consistency": self.consistency})
+        self._teachers = [Guest(teacher) for teacher in parts.teachers]
+        self.companions = nn.ModuleDict(parts.companions)
+        self.leaves_out = parts.leaves_out
         self._followers = Followers(self.companions.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=1e-4)
         self.scheduler = scheduler

@@ -34,12 +34,19 @@ class Replicated(DDPStrategy):
     """Train or steer with one replica of the map a process (DDP).
 
     timeout: minutes for which a process waits for the others before it ends the run with RunError. find_unused: look
-    in every step for parameters without a gradient, which costs a walk through the graph; a step in which a part of a
-    module (a critic, say) has none needs it.
+    in every step for parameters without a gradient, which costs a walk through the graph, and which a step needs that
+    leaves parameters out; None: where an objective says that its steps do (`leaves_out`).
     """
 
-    def __init__(self, timeout: float = 10.0, find_unused: bool = False) -> None:
-        super().__init__(timeout=_minutes(timeout), find_unused_parameters=find_unused, gradient_as_bucket_view=True)
+    def __init__(self, timeout: float = 10.0, find_unused: bool | None = None) -> None:
+        super().__init__(timeout=_minutes(timeout), gradient_as_bucket_view=True)
+        self.find_unused = find_unused
+
+    def configure_ddp(self) -> None:
+        """Replicate the module, prepared for steps that leave parameters out where there are any."""
+        leaves_out = getattr(self.lightning_module, "leaves_out", False)
+        self._ddp_kwargs["find_unused_parameters"] = leaves_out if self.find_unused is None else self.find_unused
+        super().configure_ddp()
 
     def on_exception(self, exception: BaseException) -> None:
         """Say in one sentence what to do where a process is lost."""

@@ -6,7 +6,7 @@ the map's are added, and no gradient of one reaches the parameters of the other.
 
 The companion has to keep up with the samples: with `every` = n the map learns at one step in n, the companion at all of
 them (two time scales, Yin et al. 2024, arXiv 2405.14867, section 4.2). At the steps between, the map has no gradient,
-and on several processes DDP has to be told so: trainer.strategy=ddp_find_unused_parameters_true.
+which DDP has to be told of (`leaves_out`): `steerfm.modules.strategies.Replicated` is, by itself.
 """
 
 from __future__ import annotations
@@ -172,6 +172,11 @@ class IntegralKL:
                 f"{self.teacher.path}."
             )
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether in some steps the map has no gradient."""
+        return self.every > 1
+
     def __call__(
         self,
         flow_map: FlowMap,
@@ -222,6 +227,11 @@ class Adversarial:
         _check_every(self.every)
         if self.penalty < 0 or not self.step > 0:
             raise ConfigError(f"penalty is 0 or more and step above 0, got {self.penalty} and {self.step}.")
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether in some steps the map has no gradient."""
+        return self.every > 1
 
     def __call__(
         self,

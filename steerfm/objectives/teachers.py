@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -124,11 +124,16 @@ def held(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class Parts(NamedTuple):
-    """The modules in an objective: frozen teachers, and companions by the path of their field."""
+@dataclasses.dataclass
+class Parts:
+    """The modules in an objective: frozen teachers, and companions by the path of their field.
+
+    leaves_out: whether in some steps a part gives the map no gradient.
+    """
 
     teachers: list[FlowMap]
     companions: dict[str, nn.Module]
+    leaves_out: bool = False
 
 
 def parts_of(objectives: Mapping[str, Any]) -> Parts:
@@ -148,5 +153,6 @@ def _collect(value: Any, name: str, parts: Parts) -> None:
         for i, item in enumerate(value):
             _collect(item, f"{name}_{i}", parts)
     elif dataclasses.is_dataclass(value):
+        parts.leaves_out |= getattr(value, "leaves_out", False)
         for field in dataclasses.fields(value):
             _collect(getattr(value, field.name), f"{name}_{field.name}", parts)

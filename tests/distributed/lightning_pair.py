@@ -35,7 +35,7 @@ from steerfm.digits import CAPTIONS
 from steerfm.distributed import wait
 from steerfm.modules.strategies import Replicated, Sharded
 from steerfm.networks.mlp import randomise
-from steerfm.objectives import Compositional, Total
+from steerfm.objectives import Compositional, IntegralKL, Total
 
 STEPS, RATE = 3, 0.05
 
@@ -54,6 +54,14 @@ def training(dtype: torch.dtype = torch.float64, rate: float = RATE) -> FlowMapT
     objective = Total([Lagrangian(), Compositional("uniform")])  # of 8 rows 5 are on the diagonal: 3 and 2
     return FlowMapTraining(
         flow_map(dtype), objective, Triangle(0.6), optimizer=partial(SGD, lr=rate, momentum=0.5), prompt_dropout=0.3
+    )
+
+
+def distilling(dtype: torch.dtype = torch.float64) -> FlowMapTraining:
+    """Return a training whose second step leaves the map out, and trains the map of its samples alone."""
+    objective = IntegralKL(flow_map(dtype), flow_map(dtype), every=2)
+    return FlowMapTraining(
+        flow_map(dtype), objective, Triangle(0.0), optimizer=partial(SGD, lr=RATE, momentum=0.5), prompt_dropout=0.3
     )
 
 
@@ -153,6 +161,9 @@ def main(folder: Path) -> None:
     trainer(folder, "tuning", guard).fit(module, prompts())
     found |= {f"tuning/{name}": tensor for name, tensor in module.state_dict().items()}
     found |= {f"guard/{name}": tensor for name, tensor in guard.weights.items()}
+    module = distilling()
+    trainer(folder, "distilling").fit(module, data())
+    found |= {f"distilling/{name}": tensor for name, tensor in module.state_dict().items()}
     found |= sharded(folder)
     if run.global_rank == 0:
         flow_map().save(folder / "map")

@@ -41,16 +41,13 @@ def test_weights_agree_over_ranks(ranks: list[dict[str, Tensor]]) -> None:
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["training", "tuning"])
+@pytest.mark.parametrize("kind", ["training", "tuning", "distilling"])
 def test_weights_are_those_of_one_process(
     kind: str, folder: Path, ranks: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     """The same steps by one process, with the whole batch: the same noise, rows on the diagonal and weights."""
-    module, data = (
-        (lightning_pair.training(), lightning_pair.data())
-        if kind == "training"
-        else (lightning_pair.tuning(), lightning_pair.prompts())
-    )
+    module = getattr(lightning_pair, kind)()
+    data = lightning_pair.prompts() if kind == "tuning" else lightning_pair.data()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     lightning_pair.trainer(tmp_path, kind, devices=1).fit(module, data)
     for name, tensor in module.state_dict().items():
