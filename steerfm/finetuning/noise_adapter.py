@@ -30,7 +30,7 @@ from steerfm.divergence import squared_norm
 from steerfm.errors import ConfigError
 from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned
 from steerfm.finetuning.direct import few_jumps_truncated
-from steerfm.flow_map import FlowMap
+from steerfm.flow_map import FlowMap, Output
 from steerfm.networks.sharing import copy_around
 from steerfm.steering.common import check_counts
 from steerfm.types import Condition, State, Times, Values, unsqueeze_like
@@ -44,8 +44,8 @@ class NoiseAdapter:
     as network(z, 1, 0, condition); None goes on with the adapter that a map has. stochastic: it is called with zeros in
     place of z and has twice the map's first dimension, mean and log variance. The map that is given stays as it is,
     except that its weights, which both hold, no longer take gradients. Jumps from t = 1 are adapted; velocities, and so
-    ODE and SDE samplers, are the base's. Raises ConfigError for a map that is adapted already, has output "denoised" or
-    is guided by two calls, and for a network of another shape.
+    ODE and SDE samplers, are the base's. Raises ConfigError for a map that is adapted already or is guided by two
+    calls, and for a network of another shape.
     """
 
     network: nn.Module | None = None
@@ -56,7 +56,8 @@ class NoiseAdapter:
         base = getattr(tuned.network, "_orig_mod", tuned.network)
         if self.network is not None:
             self._check(flow_map, base)
-            base = AdaptedNetwork(base, self.network.to(flow_map.device, flow_map.dtype), stochastic=self.stochastic)
+            adapter = self.network.to(flow_map.device, flow_map.dtype)
+            base = AdaptedNetwork(base, adapter, stochastic=self.stochastic, output=flow_map.output)
         if not isinstance(base, AdaptedNetwork):
             raise ConfigError("The map has no noise adapter to go on with: write NoiseAdapter(network).")
         base.adapter.requires_grad_(True)
@@ -66,8 +67,6 @@ class NoiseAdapter:
     def _check(self, flow_map: FlowMap, base: nn.Module) -> None:
         if isinstance(base, AdaptedNetwork):
             raise ConfigError("The map has a noise adapter already: write NoiseAdapter() to go on with it.")
-        if flow_map.output == "denoised":
-            raise ConfigError("A noise adapter shifts average velocities, and this map's output is 'denoised'.")
         if flow_map.guidance_scale != 1 and not getattr(base, "guidance_input", False):
             raise ConfigError(
                 f"A noise adapter cannot stand before guidance by two calls (scale {flow_map.guidance_scale:g}), which "
@@ -84,15 +83,22 @@ class Adapted(NamedTuple):
 
 @remembered
 class AdaptedNetwork(nn.Module):
-    """Put an adapter of the noise before a network of u(x, s, t); see `NoiseAdapter`.
+    """Put an adapter of the noise before a network of u(x, s, t), or of the denoised D = x - s u; see `NoiseAdapter`.
 
-    u(z, 1, t) = u_base(z', 1, t) + (z' - z) / (t - 1), so that the jump from z lands where the base's from z' does; the
-    base's own for s < 1, and at s = t = 1.
+    u(z, 1, t) = u_base(z', 1, t) + (z' - z) / (t - 1), or D(z, 1, t) = D_base(z', 1, t) - t (z' - z) / (t - 1), so that
+    the jump from z lands where the base's from z' does; the base's own for s < 1, and at s = t = 1.
     """
 
-    def __init__(self, network: nn.Module, adapter: nn.Module, *, stochastic: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        adapter: nn.Module,
+        *,
+        stochastic: bool = False,
+        output: Output = "average_velocity",
+    ) -> None:
         super().__init__()
-        self.network, self.adapter, self.stochastic = network, adapter, stochastic
+        self.network, self.adapter, self.stochastic, self.output = network, adapter, stochastic, output
         self.data_shape = tuple(network.data_shape)  # type: ignore[arg-type]
         self.guidance_input = getattr(network, "guidance_input", False)
         first, *rest = self.data_shape
@@ -109,7 +115,8 @@ class AdaptedNetwork(nn.Module):
             return self.network(x, s, t, condition)
         z = torch.where(unsqueeze_like(jumps, x), self.adapt(x, condition).z, x)
         after = torch.where(jumps, t - 1, -torch.ones_like(t))  # where there is no jump z - x is 0
-        return self.network(z, s, t, condition) + (z - x) / unsqueeze_like(after, x)
+        share = (-t if self.output == "denoised" else 1) / after
+        return self.network(z, s, t, condition) + unsqueeze_like(share, x) * (z - x)
 
     def adapt(self, z: State, condition: Condition | None = None) -> Adapted:
         """Return the noise that the base starts from in place of z."""
