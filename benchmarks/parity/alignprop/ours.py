@@ -26,13 +26,9 @@ from safetensors.torch import save_file
 from torch.optim import AdamW
 
 from steerfm import DirectBackprop, FlowMap, RewardFineTuning, Unsteered
-from steerfm.backbones import LoRA
 from steerfm.data import Prompts
 from steerfm.reward_check import peak_memory
 from steerfm.rewards.clip import CLIPScore
-
-
-LIKE_TRL = LoRA(4, targets=("*.to_q", "*.to_k", "*.to_v", "*.to_out.0"))  # what its pipeline adds to a U-Net
 
 
 class Remembering(RewardFineTuning):
@@ -88,7 +84,7 @@ class Marks(Callback):
 
 
 def new_module(task: dict[str, Any]) -> RewardFineTuning:
-    """Return the fine-tuning by the task's jumps, with the LoRA and the optimiser that TRL's defaults make."""
+    """Return the fine-tuning of all weights by the task's jumps, with the optimiser that TRL's defaults make."""
     method = DirectBackprop(task["jumps"], penalty="sample", checkpointing=task["checkpointing"])
     kind = Remembering if task["memory"] else RewardFineTuning
     return kind(
@@ -98,7 +94,6 @@ def new_module(task: dict[str, Any]) -> RewardFineTuning:
         temperature=task["temperature"],
         optimizer=partial(AdamW, lr=task["rate"], weight_decay=1e-4),
         monitor_every=10**9,
-        adapter=LIKE_TRL,
     )
 
 

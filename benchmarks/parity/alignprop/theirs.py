@@ -52,7 +52,7 @@ def clip_score(folder: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 
 
 def new_trainer(task: dict[str, Any]) -> AlignPropTrainer:
-    """Return the trainer with TRL's defaults, LoRA among them, in float32, with the task's batch, rate and guidance."""
+    """Return the trainer with TRL's defaults, but all weights in float32, and the task's batch, rate and guidance."""
     config = AlignPropConfig(
         mixed_precision="no",
         train_batch_size=task["batch"],
@@ -62,7 +62,7 @@ def new_trainer(task: dict[str, Any]) -> AlignPropTrainer:
     )
     prompts = iter([prompt for step in task["prompts"] for prompt in step])
     PartialState()  # the trainer logs before it makes one
-    pipeline = DefaultDDPOStableDiffusionPipeline(task["pipeline"])
+    pipeline = DefaultDDPOStableDiffusionPipeline(task["pipeline"], use_lora=False)
     return AlignPropTrainer(config, clip_score(task["clip"]), lambda: (next(prompts), {}), pipeline)
 
 
