@@ -89,7 +89,7 @@ def new_module(task: dict[str, Any]) -> RewardFineTuning:
     kind = Remembering if task["memory"] else RewardFineTuning
     return kind(
         FlowMap.load(task["map"]),
-        CLIPScore(task["clip"]),
+        CLIPScore(task["clip"], prompt=task["wish"]),
         method,
         temperature=task["temperature"],
         optimizer=partial(AdamW, lr=task["rate"], weight_decay=1e-4),

@@ -32,8 +32,8 @@ from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPip
 from steerfm.reward_check import peak_memory
 
 
-def clip_score(folder: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """Return the cosine of a picture and its prompt, as TRL asks for it, by a CLIP that lies in a folder.
+def clip_score(folder: str, wish: str | None) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """Return the cosine of a picture and a wish, or its prompt, as TRL asks for it, by a CLIP that lies in a folder.
 
     Its pictures have the size that the CLIP reads, so that nothing is resized.
     """
@@ -43,9 +43,10 @@ def clip_score(folder: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     mean, std = (torch.tensor(model.visual.preprocess_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
 
     def score(images: Tensor, prompts: tuple[str, ...], metadata: Any) -> tuple[Tensor, dict[str, Any]]:
+        texts = list(prompts) if wish is None else [wish] * len(images)
         seen = functional.normalize(model.encode_image((images - mean) / std), dim=-1)
         with torch.no_grad():
-            asked = functional.normalize(model.encode_text(tokenizer(list(prompts))), dim=-1)
+            asked = functional.normalize(model.encode_text(tokenizer(texts)), dim=-1)
         return (seen * asked).sum(1), {}
 
     return score
@@ -63,7 +64,7 @@ def new_trainer(task: dict[str, Any]) -> AlignPropTrainer:
     prompts = iter([prompt for step in task["prompts"] for prompt in step])
     PartialState()  # the trainer logs before it makes one
     pipeline = DefaultDDPOStableDiffusionPipeline(task["pipeline"], use_lora=False)
-    return AlignPropTrainer(config, clip_score(task["clip"]), lambda: (next(prompts), {}), pipeline)
+    return AlignPropTrainer(config, clip_score(task["clip"], task["wish"]), lambda: (next(prompts), {}), pipeline)
 
 
 def show(trainer: AlignPropTrainer, prompts: list[str], file: Path) -> None:
