@@ -1,7 +1,7 @@
 """A step of direct fine-tuning in 2 jumps against one of TRL 0.23.1's AlignProp trainer, which samples in 50 steps.
 
-    python benchmarks/against_alignprop.py                      one CPU core, 45 min, and 6 GB for TRL's environment
-    python benchmarks/against_alignprop.py --wish '' --steps 40          50 min; the reward of each picture's own prompt instead
+    python benchmarks/against_alignprop.py                          one CPU core, 45 min, and 6 GB for TRL's environment
+    python benchmarks/against_alignprop.py --wish '' --steps 40    each picture's own prompt as its reward; 55 min
 
 Both start from one small pipeline of Stable Diffusion's real classes that is trained here on scenes of one shape:
 AlignProp from the pipeline, and steerfm from the flow map that it was distilled into. Both move all weights in float32
