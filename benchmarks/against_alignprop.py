@@ -50,7 +50,7 @@ from steerfm.rewards.clip import CLIPScore
 ROOT = Path(__file__).parents[1]
 SIDES = ROOT / "benchmarks/parity/alignprop"
 BATCH, JUMPS, GUIDANCE = 8, 2, 2.5
-RATE = 3e-5  # the best of those tried for either side: 1e-4 and 3e-4 make both leap about
+RATE = 3e-5  # with each picture's own prompt as its reward, both sides leap about at 1e-4 and 3e-4
 TEMPERATURE = 5e-4  # of steerfm's penalty; AlignProp has none
 HELD_OUT = 100  # prompts that differ, and were not trained on
 CLOSE = 1e-4  # by which the two sides may differ about one picture's reward
