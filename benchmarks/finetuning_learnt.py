@@ -139,33 +139,29 @@ class Digits(Problem):
 class Shapes(Problem):
     """The map that ships with the package, toward its CLIP, for prompts of two objects."""
 
+    few = ("data.prompts_per_step=8",)
+    groups = ("data.prompts_per_step=2", "data.samples_per_prompt=8")
+    drawn = (*groups, "method.repeats=1")
     settings: ClassVar = {
-        "direct-path": setting("direct", 0.02, "data.prompts_per_step=8"),
+        "direct-path": setting("direct", 0.02, *few),
         "direct-sample": setting("direct_sample", 0.0002),
-        "adjoint_matching": setting("adjoint_matching", 0.02, "data.prompts_per_step=8", "method.sde_steps=8"),
-        "tilt_matching": setting("tilt_matching", 0.05, "data.prompts_per_step=4", "data.samples_per_prompt=16"),
-        "weighted_regression": setting(
-            "weighted_regression", 0.05, "data.prompts_per_step=4", "data.samples_per_prompt=16"
-        ),
-        "reward_adaptive": setting("reward_adaptive", 0.05, "data.prompts_per_step=4", "data.samples_per_prompt=16"),
-        "value_matching": setting("value_matching", 0.05, "data.prompts_per_step=4", "method.count=8"),
-        "nft": setting("nft", 0.02, "method.center=0.66", "method.divisor=1.1"),
-        "flow_grpo": setting("flow_grpo", 0.02, "data.prompts_per_step=2", "data.samples_per_prompt=8"),
-        "flow_grpo-jumps": setting(
-            "flow_grpo",
-            0.002,
-            "method.sde_steps=4",
-            "+method.noise=jumps",
-            "data.prompts_per_step=4",
-            "data.samples_per_prompt=8",
-        ),
+        "adjoint_matching": setting("adjoint_matching", 0.02, "method.sde_steps=8", *few),
+        "tilt_matching": setting("tilt_matching", 0.05, *drawn),
+        "weighted_regression": setting("weighted_regression", 0.05, *drawn),
+        "reward_adaptive": setting("reward_adaptive", 0.05, *drawn),
+        "value_matching": setting("value_matching", 0.05, "data.prompts_per_step=2", "method.count=8"),
+        "nft": setting("nft", 0.02, "method.center=0.66", "method.divisor=1.1", *drawn),
+        "flow_grpo": setting("flow_grpo", 0.02, *groups),
+        "flow_grpo-jumps": setting("flow_grpo", 0.002, "method.sde_steps=4", "+method.noise=jumps", *groups),
         "refl": setting("refl", 0.0002),
         "leap_align": setting("leap_align", 0.0002),
         "rg_lcm": setting("rg_lcm", 0.02),
     }
 
     def given(self, folder: Path) -> list[str]:
-        return ["recipe=shapes_finetune", f"map={zoo.folder('shapes32')}"]
+        law = "torch.optim.lr_scheduler.CosineAnnealingLR"
+        falling = f"{{_target_: {law}, _partial_: true, T_max: '${{trainer.max_steps}}'}}"
+        return ["recipe=shapes_finetune", f"map={zoo.folder('shapes32')}", f"+module.scheduler={falling}"]
 
     def prompts(self, n: int) -> list[str]:
         return shape_prompts(n, count=2, seed=3)
