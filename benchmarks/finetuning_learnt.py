@@ -2,7 +2,8 @@
 
     python benchmarks/finetuning_learnt.py digits                    one CPU core, 45 min; goes on where it stopped
     python benchmarks/finetuning_learnt.py shapes                    the models that ship with the package; 60 min
-    python benchmarks/finetuning_learnt.py digits --only nft,direct --seconds 20
+    python benchmarks/finetuning_learnt.py digits --only nft,flow_grpo --seconds 20
+    python benchmarks/finetuning_learnt.py digits --only ''             what there is to gain: the exact tilts
 
 digits: a map that draws all ten digits and reads no class, toward "a handwritten seven" by the small CLIP; the judge
 learnt from scans that the reward never saw. shapes: prompts of two objects, training ones toward the small CLIP,
@@ -12,7 +13,8 @@ cores have in a minute; start and imports left out), its step being timed first.
 Reward: the CLIP's mean, of SAMPLES samples. Judge: the mean over that of real data the judge did not see (the share
 that counts). Diversity: mean pairwise distance over that of real data. Frechet: pixel distance to real data; of digits
 over that of as many sevens of the base, those that the judge calls so; of shapes over that of other samples of the
-base. KL: the divergence D from the base. All at 4 jumps; judge and Frechet also at 1.
+base. KL: the divergence D from the base. All at 4 jumps; judge and Frechet also at 1. "the tilt itself": what a method
+that ends at the tilt would end at, by importance sampling of DRAWS samples of the base (digits, which read no prompt).
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from steerfm.rewards.digit_judge import DigitJudge
 from steerfm.rewards.shape_prompts import ShapePrompts
 
 DIGIT, SAMPLES, SECONDS, TIMED, CHUNK = 7, 500, 120, 16, 100
+DRAWS = 20_000  # of the base, for its tilts
 console = Console(width=None if os.isatty(1) else 150)
 Figures = dict[str, float]
 
@@ -67,6 +70,7 @@ class Problem(ABC):
     """What is tuned toward what, and how it is judged."""
 
     settings: ClassVar[dict[str, Setting]]
+    tilts: ClassVar[tuple[float, ...]] = ()  # temperatures whose exact tilt is shown
 
     @abstractmethod
     def given(self, folder: Path) -> list[str]:
@@ -96,6 +100,7 @@ class Problem(ABC):
 class Digits(Problem):
     """A map that draws all ten digits, toward sevens."""
 
+    tilts = (0.25, 0.13, 0.1, 0.05)
     settings: ClassVar = {
         "direct-path": setting("direct", 0.13),
         "direct-sample": setting("direct_sample", 0.005, "method.jumps=2", "method.last=null"),
@@ -132,7 +137,7 @@ class Digits(Problem):
         return float(DigitJudge(DIGIT)(unseen, [""] * len(unseen)).total.mean())
 
     def own(self, base: FlowMap) -> tuple[str, Tensor]:
-        x0 = Unsteered("jumps", 4)(base, seeds=range(10_000, 10_000 + 14 * SAMPLES)).x0
+        x0 = draws_of(base)[: 14 * SAMPLES]
         return "sevens among its samples", x0[DigitJudge(DIGIT).labels(to_unit(x0)) == DIGIT][:SAMPLES]
 
 
@@ -211,6 +216,22 @@ def fit(name: str, problem: Problem, given: Sequence[str], folder: Path, steps: 
 
 
 @cache
+def draws_of(base: FlowMap) -> Tensor:
+    """Return DRAWS samples of a map that reads no prompt, others than what is measured; (DRAWS, *dim)."""
+    return Unsteered("jumps", 4)(base, seeds=range(10_000, 10_000 + DRAWS)).x0
+
+
+def tilted(problem: Problem, base: FlowMap, reward: Reward, temperature: float) -> tuple[int, Figures]:
+    """Return the figures of the exact tilt, by importance sampling, and how many of the draws count."""
+    x0 = draws_of(base)
+    with torch.no_grad():
+        rewards = reward(to_unit(x0), problem.prompts(len(x0))).total.double()
+    weights = (rewards / temperature).softmax(0)
+    rows = torch.multinomial(weights, 4 * SAMPLES, replacement=True, generator=torch.Generator().manual_seed(0))
+    return round(float(1 / weights.square().sum())), figures(problem, x0[rows], problem.prompts(len(rows)), reward)
+
+
+@cache
 def about_real(problem: Problem) -> tuple[Tensor, float, float]:
     """Return the real data as rows, their mean pairwise distance, and the judge's mean on them."""
     points = problem.real().flatten(1)
@@ -232,12 +253,11 @@ def figures(problem: Problem, x0: Tensor, prompts: Sequence[str], reward: Reward
 
 def samples(problem: Problem, flow_map: FlowMap, jumps: int, seed: int = 0) -> Tensor:
     """Return one sample of each prompt, with noise of seed and those after it, (SAMPLES, *dim)."""
-    prompts, found = problem.prompts(SAMPLES), []
+    prompts = problem.prompts(SAMPLES) if flow_map.conditioner else [""] * SAMPLES
+    found = []
     for start in range(0, SAMPLES, CHUNK):
         asked, seeds = prompts[start : start + CHUNK], range(seed + start, seed + start + CHUNK)
-        found.append(
-            Unsteered("jumps", jumps)(flow_map, prompts=asked if flow_map.conditioner else None, seeds=seeds).x0
-        )
+        found.append(Unsteered("jumps", jumps)(flow_map, prompts=asked, seeds=seeds).x0)
     return torch.cat(found)
 
 
@@ -263,7 +283,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = arguments.folder or Path(f"runs/finetuning_{arguments.problem}")
     problem = PROBLEMS[arguments.problem]()
-    names = arguments.only.split(",") if arguments.only else list(problem.settings)
+    names = list(problem.settings) if arguments.only is None else [n for n in arguments.only.split(",") if n]
     if unknown := set(names) - problem.settings.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; methods are {', '.join(problem.settings)}")
     given = problem.given(folder)
@@ -275,6 +295,12 @@ def main() -> None:
     table = Table("method", "temperature", "steps", *headings)
     table.add_row("base", "", "", *cells(measure(problem, base, base, reward), own["frechet"]))
     table.add_row(label, "", "", *(f"{own[key]:.2f}" for key in ("reward", "judge", "diversity")), "1.00")
+    for temperature in problem.tilts:
+        count, found = tilted(problem, base, reward, temperature)
+        shown = [f"{found[key]:.2f}" for key in ("reward", "judge", "diversity")]
+        table.add_row(
+            f"the tilt itself ({count} count)", str(temperature), "", *shown, f"{found['frechet'] / own['frechet']:.2f}"
+        )
     for name in names:
         path, steps = tuned(name, problem, given, folder, arguments.seconds)
         found = measure(problem, FlowMap.load(path).frozen_copy(), base, reward)

@@ -99,7 +99,7 @@ class FlowMap(nn.Module):
         self.data_shape: tuple[int, ...] = tuple(network.data_shape)  # type: ignore[arg-type]
         default = Identity() if len(self.data_shape) == 1 else Pixels()
         self.codec = default if codec is None else codec
-        self.output = output
+        self.output: Output = output
         self.guidance_scale = guidance_scale
         self.guidance_interval = checked_interval(guidance_interval)
         self.weights = "raw"  # which weights these are: "raw", or "ema" when loaded so
