@@ -76,6 +76,7 @@ bench: $(STAMP)  ## speed and quality, one table a script (hours; each can be ru
 	  case "$$script" in \
 	    */landscape.py|*/steering_exact.py|*/steering_learnt.py|*/finetuning_exact.py) mode=--fast ;; \
 	    */steering_cost.py) mode="digits --fast" ;; \
+	    */against_alignprop.py) echo "== $$script is run alone: it makes an environment of 6 GB"; continue ;; \
 	    */finetuning_learnt.py) mode="digits --seconds 20" ;; \
 	    */rehearsal.py) mode="run --in build/rehearsal" ;; \
 	    */scaling.py) mode=throughput ;; \

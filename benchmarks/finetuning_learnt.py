@@ -23,9 +23,10 @@ import argparse
 import json
 import os
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,12 +59,17 @@ class Setting:
     """A method of recipes/method, and what else its recipe is told."""
 
     method: str
-    overrides: tuple[str, ...] = field(default=())
+    temperature: float
+    overrides: tuple[str, ...]
+
+    def named(self, name: str, steps: int) -> str:
+        """Return the name of its run, another for any other setting."""
+        return f"{name}-{steps}-{zlib.crc32(repr(self).encode()):08x}"
 
 
 def setting(method: str, temperature: float, *more: str) -> Setting:
     """Return a setting at a temperature."""
-    return Setting(method, (f"module.temperature={temperature}", *more))
+    return Setting(method, temperature, more)
 
 
 class Problem(ABC):
@@ -189,7 +195,7 @@ PROBLEMS: dict[str, type[Problem]] = {"digits": Digits, "shapes": Shapes}
 
 def tuned(name: str, problem: Problem, given: Sequence[str], folder: Path, seconds: float) -> tuple[Path, int]:
     """Tune for so long, and return the run's map and its optimiser steps."""
-    known = folder / f"{name}.steps.json"
+    known = folder / f"{problem.settings[name].named(name, TIMED)}.json"  # seconds a step
     if not known.exists():
         fit(name, problem, given, folder, 1)  # imports
         start = time.process_time()
@@ -198,17 +204,19 @@ def tuned(name: str, problem: Problem, given: Sequence[str], folder: Path, secon
         start = time.process_time()
         fit(name, problem, given, folder, 2 + TIMED)
         each = (time.process_time() - start - first) / TIMED
-        write_atomic(known, json.dumps({"steps": max(10, round(seconds / each))}).encode())
-    steps = read_json(known)["steps"]
+        write_atomic(known, json.dumps({"each": each}).encode())
+    steps = max(10, round(seconds / read_json(known)["each"]))
     return fit(name, problem, given, folder, steps), steps
 
 
 def fit(name: str, problem: Problem, given: Sequence[str], folder: Path, steps: int) -> Path:
     """Run the recipe for so many steps, unless it has been; return the map's folder."""
-    chosen, run = problem.settings[name], f"{name}-{steps}"
+    chosen = problem.settings[name]
+    run = chosen.named(name, steps)
     more = [f"method.every={max(1, steps // 10)}"] if chosen.method == "nft" else []
     arguments = ["finetune", *given, f"method={chosen.method}", f"name={run}", f"folder={folder}"]
-    arguments += [f"trainer.max_steps={steps}", "callbacks=null", "threads=1", "checkpoint_every=100000"]
+    arguments += [f"module.temperature={chosen.temperature}", f"trainer.max_steps={steps}", "callbacks=null"]
+    arguments += ["threads=1", "checkpoint_every=100000"]
     arguments += ["trainer.enable_progress_bar=false", f"module.monitor_every={10 * steps}"]
     if not (folder / run / "map").exists() and steerfm([*arguments, *more, *chosen.overrides]):
         raise SystemExit(1)
@@ -304,8 +312,7 @@ def main() -> None:
     for name in names:
         path, steps = tuned(name, problem, given, folder, arguments.seconds)
         found = measure(problem, FlowMap.load(path).frozen_copy(), base, reward)
-        temperature = problem.settings[name].overrides[0].partition("=")[2]
-        table.add_row(name, temperature, str(steps), *cells(found, own["frechet"]))
+        table.add_row(name, str(problem.settings[name].temperature), str(steps), *cells(found, own["frechet"]))
     console.print(table)
     real = about_real(problem)[2]
     console.print(f"judge on real data {real:.3f}; Frechet distance that is called 1: {own['frechet']:.2f}")

@@ -99,7 +99,6 @@ class RewardFineTuning(lightning.LightningModule):
         parts = parts_of({"method": self.method, "consistency": self.consistency})
         self._teachers = [Guest(teacher) for teacher in parts.teachers]
         self.companions = nn.ModuleDict(parts.companions)
-        self.leaves_out = parts.leaves_out
         self._followers = Followers(self.companions.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=1e-4)
         self.scheduler = scheduler

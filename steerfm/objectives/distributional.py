@@ -144,8 +144,19 @@ def critic_of(flow_map: FlowMap) -> Critic:
     return Critic(flow_map.network)
 
 
+class _TwoTimeScales:
+    """An objective whose map learns at one step in `every`."""
+
+    every: int
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether in some steps the map has no gradient."""
+        return self.every > 1
+
+
 @dataclass(frozen=True)
-class IntegralKL:
+class IntegralKL(_TwoTimeScales):
     """Diff-Instruct (weight "kl") and DMD's matching of distributions (weight "dmd"), see `integral_kl`.
 
     teacher: any map with a velocity, guided where it is guided. fake: a flow map, best a second copy of the teacher,
@@ -172,11 +183,6 @@ class IntegralKL:
                 f"{self.teacher.path}."
             )
 
-    @property
-    def leaves_out(self) -> bool:
-        """Whether in some steps the map has no gradient."""
-        return self.every > 1
-
     def __call__(
         self,
         flow_map: FlowMap,
@@ -200,7 +206,7 @@ class IntegralKL:
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class Adversarial(_TwoTimeScales):
     """A critic tells the map's samples from data; the map learns to pass for data.
 
     critic: called as critic(x, tau, condition) -> (B,), such as `Critic` around a network. game: "hinge" or "logistic",
@@ -227,11 +233,6 @@ class Adversarial:
         _check_every(self.every)
         if self.penalty < 0 or not self.step > 0:
             raise ConfigError(f"penalty is 0 or more and step above 0, got {self.penalty} and {self.step}.")
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether in some steps the map has no gradient."""
-        return self.every > 1
 
     def __call__(
         self,

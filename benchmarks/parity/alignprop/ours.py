@@ -9,11 +9,7 @@ what one holds in memory.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
-import resource
-import sys
 import time
 import warnings
 from functools import partial
@@ -23,6 +19,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from safetensors.torch import save_file
+from sides import begin, finish, resident
 from torch.optim import AdamW
 
 from steerfm import DirectBackprop, FlowMap, RewardFineTuning, Unsteered
@@ -97,16 +94,9 @@ def new_module(task: dict[str, Any]) -> RewardFineTuning:
     )
 
 
-def resident() -> int:
-    """Return the most bytes that this process has had in memory."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
     """Do the task."""
-    folder = Path(sys.argv[1])
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
+    folder, task = begin()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     module = new_module(task)
@@ -125,8 +115,7 @@ def main() -> None:
     figures: dict[str, Any] = {"seconds": marks.seconds}
     if isinstance(module, Remembering):
         figures = module.figures | {"seconds": marks.seconds[2:]}
-    figures |= {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "torch")}
-    (folder / "figures.json").write_text(json.dumps(figures))
+    finish(folder, figures, ("diffusers", "transformers", "torch"))
 
 
 if __name__ == "__main__":

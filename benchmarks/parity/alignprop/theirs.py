@@ -9,11 +9,7 @@ here, and figures.json, the seconds of each step, or what one holds in memory.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +21,7 @@ import open_clip
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
+from sides import begin, finish, resident
 from torch import Tensor
 from torch.nn import functional
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
@@ -98,21 +95,13 @@ def remembered(trainer: AlignPropTrainer) -> dict[str, Any]:
     return {"resident": after - before, "tensors": peak_memory(lambda: trainer.step(0, 1), torch.device("cpu"))}
 
 
-def resident() -> int:
-    """Return the most bytes that this process has had in memory."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
     """Do the task."""
-    folder = Path(sys.argv[1])
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
+    folder, task = begin()
     trainer = new_trainer(task)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     figures = remembered(trainer) if task["memory"] else trained(trainer, task, folder)
-    figures |= {name: importlib.metadata.version(name) for name in ("trl", "diffusers", "transformers", "torch")}
-    (folder / "figures.json").write_text(json.dumps(figures))
+    finish(folder, figures, ("trl", "diffusers", "transformers", "torch"))
 
 
 if __name__ == "__main__":
