@@ -34,7 +34,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from steerfm import BestOfN, Compositional, DirectBackprop, FlowMap, LookAheadGuidance
 from steerfm.backbones import LoRA, two_times
 from steerfm.backbones.pipeline_files import library
-from steerfm.commands.plan import Course, follow_batch, follow_fit, no_weights
+from steerfm.commands.plan import follow_batch, follow_fit
+from steerfm.commands.plan_course import Course, no_weights
 from steerfm.config import Composed
 from steerfm.images import resize
 from steerfm.modules import FlowMapTraining, RewardFineTuning, SteeredSampling

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steerfm import config
-from steerfm.config import Library
+from steerfm.recipe_files import Library
 
 LIBRARY = Library()
 RECIPES = {recipe.name: recipe for recipe in LIBRARY.recipes()}

@@ -18,8 +18,9 @@ import yaml
 from steerfm import config
 from steerfm.checking import check_required
 from steerfm.commands import common, compare, fitting, generation
-from steerfm.config import Composed, Library
+from steerfm.config import Composed
 from steerfm.errors import ConfigError, nearest
+from steerfm.recipe_files import Library
 from steerfm.runs import Run, run_fingerprint, set_aside
 
 RUNNERS: dict[str, Callable[[Composed], Path]] = {

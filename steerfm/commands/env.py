@@ -39,12 +39,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     """Print what a recipe would hold in memory at most; nothing is downloaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client as it is imported
     from steerfm import config
-    from steerfm.commands import plan
+    from steerfm.commands.plan import plan
+    from steerfm.commands.plan_page import show
 
     overrides = arguments.overrides
     command = config.preview(overrides, folders=arguments.recipes).get("command")
     recipe = config.compose(str(command), overrides, folders=arguments.recipes, trusted=arguments.trust)
-    plan.show(recipe, plan.plan(recipe), Console(highlight=False))
+    show(recipe, plan(recipe), Console(highlight=False))
     return 0
 
 

@@ -13,8 +13,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from steerfm import config
-from steerfm.config import Library, RecipeFile
 from steerfm.errors import ConfigError, nearest
+from steerfm.recipe_files import Library, RecipeFile, header
 
 console = Console(highlight=False)
 
@@ -71,7 +71,7 @@ def _copy(recipe: RecipeFile, new: str, library: Library) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): change to a folder of your own.") from error
-    typed, _ = _first_line(RecipeFile(new, path, config.header(path)))
+    typed, _ = _first_line(RecipeFile(new, path, header(path)))
     console.print(f"Wrote {path}. Change it, then: {typed}", soft_wrap=True)
 
 

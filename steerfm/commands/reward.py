@@ -15,9 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from steerfm import config, digits, images, seeds, shape_captions, shapes
-from steerfm.config import Composed, Library
+from steerfm.config import Composed
 from steerfm.errors import ConfigError
 from steerfm.http_client import is_loopback
+from steerfm.recipe_files import Library, header
 from steerfm.reward import Finding, Reward, as_reward, check, load_reward, parts_of
 from steerfm.reward_check import Measured, measure
 from steerfm.reward_plugins import plugged_in, plugins
@@ -50,7 +51,7 @@ def _rows(library: Library) -> Iterator[tuple[str, str, str]]:
     for name, path in sorted(library.options("reward").items()):
         if name not in NOT_LISTED:
             shipped = path.is_relative_to(library.shipped)
-            yield name, " ".join(config.header(path)[:1]), "steerfm" if shipped else str(path)
+            yield name, " ".join(header(path)[:1]), "steerfm" if shipped else str(path)
     for name, entry in plugins().items():
         yield name, _described(name), _package(entry)
 

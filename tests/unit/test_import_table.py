@@ -33,6 +33,7 @@ SPLIT_FROM = {
     "provenance": "runs",
     "records": "runs",
     "checking": "config",
+    "recipe_files": "config",
     "reward_adapters": "reward",
     "reward_algebra": "reward",
     "reward_check": "reward",

@@ -19,13 +19,13 @@ from steerfm import EMA, MLP, AdjointMatching, DirectBackprop, DiT, FlowMap, Pro
 from steerfm.backbones import ChosenLayers, LoRA, load_adapter, merged, save_adapter, with_scale, without_lora
 from steerfm.backbones.lora import LoRANetwork, lora_of
 from steerfm.conditions import Labels
-from steerfm.config import Library
 from steerfm.derivatives import directional_derivative
 from steerfm.digits import CAPTIONS
 from steerfm.errors import CheckpointError, ConfigError
 from steerfm.finetuning import FineTuning
 from steerfm.networks.mlp import PlainMLP, randomise
 from steerfm.networks.sharing import copy_around
+from steerfm.recipe_files import Library
 
 SHAPE = (1, 8, 8)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

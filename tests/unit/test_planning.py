@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from steerfm import FlowMap, UNet, config
 from steerfm.cli import main
-from steerfm.commands import plan as planning
-from steerfm.commands.plan import GRADIENTS, STATE, TRAINED, Plan, fit, plan
+from steerfm.commands import plan_page
+from steerfm.commands.plan import plan
+from steerfm.commands.plan_counts import GRADIENTS, STATE, TRAINED
+from steerfm.commands.plan_page import Plan, fit
 from steerfm.commands.shapes import Peak, Shapes
 from steerfm.reward_check import peak_memory
 
@@ -169,12 +171,12 @@ def test_the_command_prints_the_plan_and_says_what_it_cannot(capsys: pytest.Capt
 
 def test_what_does_not_fit_says_what_to_lower_first(monkeypatch: pytest.MonkeyPatch):
     made = Plan("a step", Peak(2**40, "backward", {}), {}, remedies=("method.checkpointing=true", "a smaller batch"))
-    monkeypatch.setattr(planning, "machine_memory", lambda: 2**34)
+    monkeypatch.setattr(plan_page, "machine_memory", lambda: 2**34)
     assert fit(made, on_gpu=False) == (
         "It does not fit: 16.00 GiB is this machine's memory. Lower first: method.checkpointing=true; then a smaller "
         "batch."
     )
-    monkeypatch.setattr(planning, "machine_memory", lambda: 2**41)
+    monkeypatch.setattr(plan_page, "machine_memory", lambda: 2**41)
     assert fit(made, on_gpu=False).startswith("It fits")
 
 

@@ -15,6 +15,7 @@ from steerfm.data.preference_pairs import read_pairs
 from steerfm.data.prompts import read_prompts
 from steerfm.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, SteerfmError, TrustError
 from steerfm.files import holder, lock_folder, read_json, read_yaml
+from steerfm.recipe_files import Library
 from steerfm.report.pictures import read_picture
 from steerfm.report.sources import load
 from steerfm.reward_wire import read_listing
@@ -153,7 +154,7 @@ def test_a_recipe_that_is_not_utf_8_is_one_sentence(workplace: Path):
     Path("recipes/recipe/other.yaml").write_bytes(b"command: train\nx: \xff\xfe")
     with pytest.raises(ConfigError, match="no YAML"):
         config.compose("train", ["recipe=other"])
-    assert "other" in [recipe.name for recipe in config.Library().recipes()]
+    assert "other" in [recipe.name for recipe in Library().recipes()]
 
 
 @pytest.mark.parametrize(
