@@ -18,9 +18,9 @@ from steerfm.networks import MLP, DiT, UNet, WordEncoder
 from steerfm.networks.embeddings import GuidanceEmbedding
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import Eulerian, Lagrangian
-from steerfm.objectives.weights import mean_square
+from steerfm.objectives.flow_matching import flow_matching
 from steerfm.sampling import Unsteered, measure
-from steerfm.types import Condition, State, Times, Values, unsqueeze_like
+from steerfm.types import Condition
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": lambda **o: MLP((1, 4, 4), width=16, depth=2, **o),
@@ -244,18 +244,6 @@ def test_a_picture_without_a_caption_is_not_null():
 # --- learning it ----------------------------------------------------------------------------------------------
 
 
-def guided_flow_matching(
-    flow_map: FlowMap, x0: State, x1: State, t: Times, condition: Condition, guidance: Values
-) -> Values:
-    """Return flow matching's loss with a scale a row: |u(x_t, t, t | g) - w - (1 - 1/g) sg[u - u_null]|^2; (B,)."""
-    x_t = flow_map.path.interpolate(x0, x1, t)
-    u = flow_map.average_velocity(x_t, t, t, with_scale(condition, guidance))
-    with torch.no_grad():
-        null = flow_map.conditioner.null(len(x_t))  # type: ignore[union-attr,operator]
-        extra = u - flow_map.average_velocity(x_t, t, t, null)
-    return mean_square(u - flow_map.path.tangent(x0, x1, t) - unsqueeze_like(1 - 1 / guidance, u) * extra)
-
-
 class Lines(nn.Module):
     """One velocity a class, the same everywhere, linear in the guidance scale: the optimum's own form.
 
@@ -287,7 +275,7 @@ def test_one_network_learns_every_scale():
     optimizer = torch.optim.SGD(flow_map.parameters(), lr=0.2)
     for _ in range(600):
         optimizer.zero_grad()
-        guided_flow_matching(flow_map, x0, x1, t, told, scales).sum().backward()
+        flow_matching(flow_map, x0, x1, t, with_scale(told, scales)).sum().backward()
         optimizer.step()
     velocity, null = -centres, -centres.mean(0)
     x, condition = numbers(5, 3, 2), asked(flow_map, ["a", "b", ""])

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +13,30 @@ from torch import Tensor, nn
 
 from steerfm.analytic import GaussianMixture, analytic_flow_map
 from steerfm.conditions import Labels
+from steerfm.conditions.guidance import with_scale
 from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
-from steerfm.networks import MLP, DiT, UNet
+from steerfm.networks import MLP, Critic, DiT, UNet
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import (
     Adaptive,
+    Adversarial,
     Compositional,
     Consistency,
     Eulerian,
     FlowMapMatching,
     FlowMatching,
+    IntegralKL,
     Lagrangian,
+    Reflow,
     SourceTime,
+    TeacherDenoises,
+    Total,
     Uniform,
 )
 from steerfm.objectives.compositional import compositional
 from steerfm.objectives.eulerian import eulerian
+from steerfm.objectives.flow_map_matching import flow_map_matching
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.lagrangian import lagrangian
 from steerfm.objectives.weights import mean_square
@@ -215,6 +223,12 @@ def tiny() -> tuple[FlowMap, tuple[Tensor, Tensor, Tensor, Tensor]]:
     return FlowMap(network).double(), (numbers(10, 6, 2), numbers(11, 6, 2), uniforms(12, 6), uniforms(13, 6))
 
 
+def other() -> FlowMap:
+    network = MLP((2,), width=8, depth=1)
+    randomise(network, seed=1)
+    return FlowMap(network).double()
+
+
 def parameter_gradient(flow_map: FlowMap, losses: Tensor) -> Tensor:
     parts = torch.autograd.grad(losses.sum(), list(flow_map.parameters()), allow_unused=True)
     return torch.cat([part.flatten() for part in parts if part is not None])
@@ -274,9 +288,7 @@ def test_meanflow_teaches_the_value_and_stops_the_rest(derivative: str):
 
 def test_the_lagrangian_with_a_teacher_stops_what_it_says():
     flow_map, (x0, x1, s, t) = tiny()
-    teacher = FlowMap(MLP((2,), width=8, depth=1)).double()
-    randomise(teacher.network, seed=1)
-    teacher.requires_grad_(False)
+    teacher = other().requires_grad_(False)
     still = copy.deepcopy(flow_map).requires_grad_(False)
     x_s = flow_map.path.interpolate(x0, x1, s)
     end = still.jump(x_s, s, t)
@@ -295,6 +307,37 @@ def test_the_lagrangian_with_a_teacher_stops_what_it_says():
         found[stop] = parameter_gradient(flow_map, losses)
         assert same(found[stop], parameter_gradient(flow_map, mean_square(gap(stop))))
     assert not any(same(found[a], found[b]) for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("warmth", [1.0, 0.4])
+def test_a_normalised_gap_has_the_length_that_it_should(warmth: float):
+    """g / (|g| + c), and its gradient that of a stopped target: the length is a number to it."""
+    flow_map, (x0, x1, s, t) = tiny()
+    still = copy.deepcopy(flow_map).requires_grad_(False)
+    x_s, w = flow_map.path.interpolate(x0, x1, s), flow_map.path.tangent(x0, x1, s)
+    du = jvp(lambda x, source: still.average_velocity(x, source, t), (x_s, s), (w, torch.ones_like(s)))
+    gap = still.average_velocity(x_s, s, t) - w - warmth * column(t - s) * du
+    plain = eulerian(flow_map, x0, x1, s, t, warmth=warmth)
+    assert torch.allclose(plain, mean_square(gap))
+    for c in (0.1, 3.0):
+        u = flow_map.average_velocity(x_s, s, t)
+        normal = gap / ((gap**2).sum(1, keepdim=True).sqrt() + c)
+        losses = eulerian(flow_map, x0, x1, s, t, warmth=warmth, normalise=c)
+        assert torch.allclose(losses, mean_square(normal))
+        expected = parameter_gradient(flow_map, mean_square(u - (u - normal).detach()))
+        assert same(parameter_gradient(flow_map, losses), expected)
+
+
+def test_along_itself_is_along_the_maps_own_velocity_beside_a_teacher():
+    """v is the teacher's, d the map's own."""
+    flow_map, (x0, x1, s, t) = tiny()
+    teacher, x_s = other(), flow_map.path.interpolate(x0, x1, s)
+    v, d = (each.velocity(x_s, s).detach() for each in (teacher, flow_map))
+    for along, direction in (("velocity", v), ("self", d)):
+        du = jvp(lambda x, at: flow_map.average_velocity(x, at, t), (x_s, s), (direction, torch.ones_like(s)))
+        gap = flow_map.average_velocity(x_s, s, t) - v - column(t - s) * du
+        losses = eulerian(flow_map, x0, x1, s, t, velocity="teacher", teacher=teacher, along=along)  # type: ignore[arg-type]
+        assert torch.allclose(losses, mean_square(gap))
 
 
 def test_the_eulerian_variants_stop_what_they_say():
@@ -356,10 +399,16 @@ def test_combinations_that_teach_nothing_are_refused(make: Callable[[], object],
 
 
 def test_flow_matching_teaches_the_velocity():
-    flow_map, (x0, x1, s, _) = tiny()
-    expected = (flow_map.velocity(flow_map.path.interpolate(x0, x1, s), s) - (x1 - x0)).square().mean(1)
-    losses = flow_matching(flow_map, x0, x1, s)
-    assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
+    flow_map, (x0, x1, s, t) = tiny()
+    x_s, teacher = flow_map.path.interpolate(x0, x1, s), other()
+    for losses in (flow_matching(flow_map, x0, x1, s), FlowMatching()(flow_map, x0, x1, s, t)):  # t plays no part
+        expected = (flow_map.velocity(x_s, s) - (x1 - x0)).square().mean(1)
+        assert torch.allclose(losses, expected)
+        assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
+    expected = mean_square(flow_map.velocity(x_s, s) - teacher.velocity(x_s, s))
+    assert torch.allclose(FlowMatching(teacher)(flow_map, x0, x1, s, t), expected)
+    reflow = Reflow(teacher, 2)
+    assert torch.equal(reflow(flow_map, x0, x1, s, t), reflow(flow_map, x0, x1, s, s))
 
 
 class Table(nn.Module):
@@ -402,6 +451,25 @@ def test_guidance_of_one_and_the_null_condition_are_plain_flow_matching():
     assert torch.equal(flow_matching(flow_map, x0, x1, t, asked), flow_matching(flow_map, x0, x1, t, asked, 1.0))
     assert not torch.equal(flow_matching(flow_map, x0, x1, t, asked), flow_matching(flow_map, x0, x1, t, asked, 2.0))
     assert torch.equal(flow_matching(flow_map, x0, x1, t, null), flow_matching(flow_map, x0, x1, t, null, 2.0))
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["given", "in the condition"])
+def test_learnt_guidance_stops_what_it_adds(told: bool):
+    """u against w + (1 - 1/g) sg[u - u_null], with one scale a row; descent ends at the same place without the sg."""
+    network = MLP((2,), width=8, depth=1, num_classes=2, guidance_input=told)
+    randomise(network)
+    flow_map = FlowMap(network, conditioner=Labels(["a", "b"])).double()
+    still = copy.deepcopy(flow_map).requires_grad_(False)
+    x0, x1, t, g = numbers(10, 6, 2), numbers(11, 6, 2), uniforms(12, 6), uniforms(13, 6, 1.5, 5.0)
+    asked, null = (flow_map.encode_prompts(prompts) for prompts in (["a", "b", ""] * 2, [""] * 6))
+    assert asked is not None
+    asked = with_scale(asked, g) if told else asked
+    x_t = flow_map.path.interpolate(x0, x1, t)
+    extra = still.velocity(x_t, t, asked) - still.velocity(x_t, t, null)
+    expected = mean_square(flow_map.velocity(x_t, t, asked) - (x1 - x0) - column(1 - 1 / g) * extra)
+    losses = flow_matching(flow_map, x0, x1, t, asked, 1.0 if told else g)
+    assert torch.allclose(losses, expected)
+    assert same(parameter_gradient(flow_map, losses), parameter_gradient(flow_map, expected))
 
 
 # --- the objects ----------------------------------------------------------------------------------------------
@@ -453,6 +521,104 @@ def test_every_objective_takes_pictures_and_conditions(objective: Callable[..., 
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+Make = Callable[[FlowMap], Callable[..., Tensor]]
+HANDED_ON: dict[str, tuple[Make, Callable[..., Tensor], dict[str, Any]]] = {
+    "LSD, central": (lambda _: Lagrangian("central", 0.03), lagrangian, {"derivative": "central", "step": 0.03}),
+    "LMD": (lambda teacher: Lagrangian(teacher=teacher), lagrangian, {"teacher": True}),
+    "LSD, target": (lambda _: Lagrangian(stop="target"), lagrangian, {"stop": "target"}),
+    "MeanFlow, central": (lambda _: Eulerian("central", 0.03), eulerian, {"derivative": "central", "step": 0.03}),
+    "ESD, target": (lambda _: Eulerian(velocity="self"), eulerian, {"velocity": "self"}),
+    "ESD": (lambda _: Eulerian(velocity="self", stop="spatial"), eulerian, {"velocity": "self", "stop": "spatial"}),
+    "AYF-EMD": (
+        lambda teacher: Eulerian(velocity="teacher", teacher=teacher), eulerian,
+        {"velocity": "teacher", "teacher": True},
+    ),
+    "improved MeanFlow": (lambda _: Eulerian(along="self"), eulerian, {"along": "self"}),
+    "sCM": (lambda _: Eulerian(normalise=0.5), eulerian, {"normalise": 0.5}),
+    "PSD": (lambda _: Compositional(), compositional, {}),
+    "SplitMeanFlow": (lambda teacher: Compositional(teacher=teacher), compositional, {"teacher": True}),
+    "shortcut": (lambda _: Compositional(euler_below=0.4), compositional, {"euler_below": 0.4}),
+    "FMM, central": (
+        lambda _: FlowMapMatching("central", 0.03), flow_map_matching, {"derivative": "central", "step": 0.03},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_an_object_hands_each_of_its_options_on(name: str):
+    """The gradient too is that of the function with them, and not that of the function alone."""
+    (make, function, options), (flow_map, inputs), teacher = HANDED_ON[name], tiny(), other()
+    options = {key: teacher if value is True else value for key, value in options.items()}
+    if function is compositional:
+        inputs = (*inputs, torch.full_like(inputs[2], 0.5))  # type: ignore[assignment]
+    found, expected, plain = (
+        parameter_gradient(flow_map, losses)
+        for losses in (
+            make(teacher)(flow_map, *inputs[:4]), function(flow_map, *inputs, **options), function(flow_map, *inputs)
+        )
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    assert torch.equal(found, plain) == (not options)
+
+
+def test_the_derivative_warms_up_from_nothing_to_the_whole():
+    flow_map, inputs = tiny()
+    warming = Eulerian(warm_up=10)
+    for step, warmth in ((0, 0.0), (4, 0.4), (10, 1.0), (25, 1.0)):
+        assert torch.equal(warming(flow_map, *inputs, step=step), eulerian(flow_map, *inputs, warmth=warmth))
+    assert torch.equal(Eulerian()(flow_map, *inputs), eulerian(flow_map, *inputs, warmth=1.0))
+
+
+class Told(nn.Module):
+    """A network that has to be told the classes of its rows whenever it is asked."""
+
+    data_shape = (2,)
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.network = MLP((2,), width=8, depth=1, num_classes=2)
+        randomise(self.network, seed=seed)
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        assert condition is not None
+        return self.network(x, s, t, condition)
+
+
+def told(seed: int = 0) -> FlowMap:
+    return FlowMap(Told(seed), conditioner=Labels(["a", "b"])).double()
+
+
+ASKING: dict[str, Make] = {
+    "LSD": lambda teacher: Lagrangian(),
+    "LMD": lambda teacher: Lagrangian(teacher=teacher, stop="nothing"),
+    "AYF-LMD": lambda teacher: Lagrangian(teacher=teacher, stop="target"),
+    "MeanFlow": lambda teacher: Eulerian(along="self"),
+    "ESD": lambda teacher: Eulerian(velocity="self", stop="spatial"),
+    "EMD": lambda teacher: Eulerian(velocity="teacher", teacher=teacher, stop="nothing"),
+    "PSD": lambda teacher: Compositional(),
+    "SplitMeanFlow": lambda teacher: Compositional(teacher=teacher),
+    "CT": lambda teacher: Consistency(),
+    "CTM": lambda teacher: Consistency(velocity="teacher", teacher=teacher, compare="data"),
+    "FMM": lambda teacher: FlowMapMatching(),
+    "flow matching": lambda teacher: FlowMatching(),
+    "distillation": lambda teacher: FlowMatching(teacher),
+    "reflow": lambda teacher: Reflow(teacher, 2),
+    "total": lambda teacher: Total([Compositional(), FlowMatching()]),
+    "ADD": lambda teacher: Total([Adversarial(Critic(Told(2)).double()), TeacherDenoises(teacher)]),
+    "DMD": lambda teacher: IntegralKL(teacher, told(2)),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_every_call_has_the_condition_and_a_teacher_takes_no_gradient(name: str):
+    """Map, teacher and companion are never asked without it. The teacher's weights are free to take a gradient."""
+    flow_map, teacher, (_, inputs) = told(), told(1), tiny()
+    condition = flow_map.encode_prompts(["a", "b", ""] * 2)
+    ASKING[name](teacher)(flow_map, *inputs, condition, torch.Generator().manual_seed(0)).sum().backward()
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in flow_map.parameters())
+
+
 def test_gamma_is_drawn_from_the_generator_or_is_a_half():
     flow_map, (x0, x1, s, t) = tiny()
     midpoint = compositional(flow_map, x0, x1, s, t, torch.full_like(s, 0.5))
@@ -463,6 +629,8 @@ def test_gamma_is_drawn_from_the_generator_or_is_a_half():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    gamma = torch.rand(6, generator=torch.Generator().manual_seed(1)).double()  # one a row
+    assert torch.equal(first, compositional(flow_map, x0, x1, s, t, gamma))
     with pytest.raises(ConfigError, match="'uniform' or 'midpoint', got 'third'"):
         Compositional("third")  # type: ignore[arg-type]
 
@@ -482,7 +650,7 @@ def test_the_source_time_makes_the_velocity_error_that_of_the_denoised_picture()
     x0, x1, denoised = torch.randn(3, 3, 4, dtype=torch.float64).unbind(0)
     x_s = torch.lerp(x0, x1, s[:, None])
     losses = ((x_s - denoised) / s[:, None] - (x1 - x0)).square().mean(1)
-    weighted = SourceTime(power=2.0)(losses, s, s)
+    weighted = SourceTime(power=2.0)(losses, s, 0 * s)
     assert torch.allclose(weighted, (denoised - x0).square().mean(1), rtol=1e-10)
     assert torch.equal(SourceTime(power=0.0)(losses, s, s), losses)
 

@@ -17,7 +17,7 @@ from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, Critic, UNet
 from steerfm.networks.mlp import randomise
 from steerfm.objectives import Adversarial, IntegralKL, Levels, TeacherDenoises, Total
-from steerfm.objectives.distributional import Noise, critic_loss, generator_loss, integral_kl, steepness
+from steerfm.objectives.distributional import Noise, critic_loss, critic_of, generator_loss, integral_kl, steepness
 from steerfm.objectives.flow_matching import flow_matching
 from steerfm.objectives.teachers import parts_of
 from steerfm.paths import Linear, Path, Trigonometric
@@ -135,6 +135,25 @@ def test_samples_that_are_shifted_are_pushed_back_by_the_exact_amount(path: Path
         torch.testing.assert_close(losses, 0.25 * (weight * gap).square().sum(1), rtol=1e-8, atol=1e-10)
 
 
+class Towards(nn.Module):
+    """The velocity of data in one point, which is what every state is denoised to."""
+
+    def __init__(self, point: float) -> None:
+        super().__init__()
+        self.data_shape, self.point = (1,), point
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        return (x - self.point) / s[:, None]
+
+
+def test_the_teachers_error_divides_down_to_a_smallest_one():
+    """y at the teacher's point and near it: w = 1 / max(|y - D|, 1e-3), and the loss is (w (D_fake - D))^2 / 2."""
+    y, noise = torch.tensor([[0.5], [0.5004], [0.52]], dtype=torch.float64), Noise(full(0.5, 3)[:, 0], numbers(0, 3, 1))
+    losses = integral_kl(y, noise, FlowMap(Towards(0.5)), FlowMap(Towards(0.7)))
+    weights = torch.tensor([1e3, 1e3, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(losses, (0.2 * weights).square() / 2, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(("shift", "scale"), [(MEAN, STD), (1.3, 0.6), (0.8, 1.1), (0.2, 0.4)])
 def test_with_the_exact_fake_the_mean_gradient_is_that_of_the_integral_kl(shift: float, scale: float):
     """Of the map's shift and scale; nothing where the map already has the teacher's law."""
@@ -198,6 +217,10 @@ def test_the_games_have_their_known_losses():
 def test_steepness_is_the_squared_gradient_on_average():
     x, z, slope = numbers(0, DRAWS, 3), numbers(1, DRAWS, 3), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     assert near(steepness(x @ slope, (x + 0.01 * z) @ slope, 0.01), slope.square().sum())
+    logit, moved = (torch.tensor(values, requires_grad=True) for values in ([0.5, -1.0], [0.7, 1.0]))
+    to_logit, to_moved = gradients(steepness(logit, moved, 0.1), logit, moved)  # both are the critic's: none is stopped
+    torch.testing.assert_close(to_moved, torch.tensor([40.0, 400.0]))  # 2 (moved - logit) / step^2
+    assert torch.equal(to_logit, -to_moved)
 
 
 def test_the_penalty_is_half_the_steepness_at_data_and_at_samples():
@@ -211,6 +234,46 @@ def test_the_penalty_is_half_the_steepness_at_data_and_at_samples():
 
     critic = Sloped()
     assert near(losses(0.5) - losses(0.0), 0.5 / 2 * 2 * 9)
+
+
+def test_the_critic_is_asked_at_the_levels_given_and_at_points_a_step_away():
+    """Data, samples, both moved by step z, and the samples seen anew by the map; the losses are those of the logits."""
+
+    class Seeing(nn.Module):
+        def forward(self, x: Tensor, tau: Tensor, condition: Condition | None = None) -> Tensor:
+            logit = x.square().sum(1)
+            seen.append((x, tau, logit))
+            return logit
+
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    objective = Adversarial(Seeing(), penalty=0.5, step=0.2, levels=Levels(0.3, 0.3))
+    losses = objective(plane(0), *flat_batch(), None, generator())
+    assert all(torch.allclose(tau, full(0.3, 32)[:, 0]) for _, tau, _ in seen)  # they are drawn in float32
+    (real, _, on_real), (made, _, on_made), (near_real, _, a), (near_made, _, b), (_, _, judged) = seen
+    for z in ((near_real - real) / 0.2, (near_made - made) / 0.2):
+        assert near(z.flatten().square(), 1.0)
+    steep = ((a - on_real) / 0.2).square() + ((b - on_made) / 0.2).square()
+    torch.testing.assert_close(losses, critic_loss(on_real, on_made) + 0.25 * steep - judged)
+
+
+def test_teacher_and_fake_are_asked_at_the_levels_given():
+    class Asked(Towards):
+        def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+            asked.append((s, t))
+            return super().forward(x, s, t)
+
+    asked: list[tuple[Tensor, Tensor]] = []
+    fake, teacher = FlowMap(Asked(0.7)), FlowMap(Asked(0.5))
+    flow_map, inputs = FlowMap(Affine(number(0.0), number(1.0))), batch(8)
+    IntegralKL(teacher, fake, levels=Levels(0.3, 0.3))(flow_map, *inputs, None, generator())
+    TeacherDenoises(teacher, levels=Levels(0.3, 0.3))(flow_map, *inputs, None, generator())
+    assert len(asked) == 4  # the fake by flow matching, both by the integral, the teacher alone
+    assert all(torch.allclose(time, full(0.3, 8)[:, 0]) for pair in asked for time in pair)
+
+
+def test_a_critic_starts_as_the_network_of_a_map():
+    flow_map, x, tau = plane(0), numbers(1, 5, 2), uniforms(2, 5)
+    torch.testing.assert_close(critic_of(flow_map)(x, tau), flow_map.velocity(x, tau).mean(1))
 
 
 # --- the teacher's denoising ----------------------------------------------------------------------------------
@@ -293,6 +356,29 @@ def test_the_map_learns_at_every_so_many_steps_and_its_companion_at_all(of: Call
         objective(flow_map, *flat_batch(), None, generator(), step).mean().backward()
         assert all((parameter.grad is not None) == learns for parameter in flow_map.parameters())
         assert all(parameter.grad is not None for parameter in companion.parameters())
+
+
+def test_between_the_maps_steps_the_companions_loss_stands_alone():
+    teacher, fake, critic, flow_map = plane(2), plane(1), Critic(plane(1).network), plane(0)
+    x0, x1, s, t = flat_batch()
+    kl, game = IntegralKL(teacher, fake, every=2), Adversarial(critic, noised=False, penalty=0.0, every=2)
+    y, draws = flow_map.look_ahead(flow_map.path.interpolate(x0, x1, s), s).detach(), generator()
+    tau, noise = kl.levels.draw(y, draws)
+    clean = torch.zeros_like(s)
+    torch.testing.assert_close(
+        kl(flow_map, x0, x1, s, t, None, generator(), 1), flow_matching(fake, y, noise, tau), rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(
+        game(flow_map, x0, x1, s, t, None, generator(), 1),
+        critic_loss(critic(x0, clean), critic(y, clean)), rtol=1e-9, atol=0,
+    )  # fmt: skip
+
+
+def test_two_time_scales_leave_the_map_out_and_say_so():
+    for every, leaves_out in ((1, False), (2, True)):
+        kl, game = IntegralKL(plane(0), plane(1), every=every), Adversarial(Critic(plane(2).network), every=every)
+        for objective in (kl, game, Total([TeacherDenoises(plane(0)), game])):
+            assert parts_of({"objective": objective}).leaves_out == leaves_out
 
 
 def test_teachers_are_frozen_guests_and_the_others_are_companions():

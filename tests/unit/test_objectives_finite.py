@@ -141,6 +141,41 @@ def test_steps_are_times_or_shares_of_the_interval():
     absolute = Consistency(0.2)(flow_map, x0, x1, s, t)
     assert close(absolute, consistency(flow_map, x0, x1, s, t, (0.2 / (s - t)).clamp_max(1.0)))
     assert torch.isfinite(Consistency(0.2)(flow_map, x0, x1, s, s)).all()
+    near, whole = s - 0.1, torch.ones_like(s)  # a step longer than the interval is the interval
+    assert close(Consistency(0.2)(flow_map, x0, x1, s, near), consistency(flow_map, x0, x1, s, near, whole))
+    back = Consistency(0.2)(flow_map, x0, x1, t, s)  # toward noise steps are as long
+    assert close(back, consistency(flow_map, x0, x1, t, s, (0.2 / (s - t)).clamp_max(1.0)))
+
+
+def test_a_consistency_objective_hands_each_of_its_options_on():
+    """The gradient too is that of the function with them; the average makes both later jumps."""
+    flow_map, teacher, average, (x0, x1, s, t) = tiny(), tiny(1), SelfAverage(), batch()
+    average.begin(tiny(2))
+    share = torch.full_like(s, 0.3)
+    plain = gradient(flow_map, consistency(flow_map, x0, x1, s, t, share))
+    for given, options in (
+        ({"velocity": "self"}, {"velocity": "self"}),
+        ({"velocity": "teacher", "teacher": teacher}, {"velocity": "teacher", "teacher": teacher}),
+        ({"compare": "data"}, {"compare": "data"}),
+        ({"average": average}, {"target": average.map}),
+        ({"average": average, "compare": "data"}, {"target": average.map, "compare": "data"}),
+    ):
+        found = gradient(flow_map, Consistency(0.3, relative=True, **given)(flow_map, x0, x1, s, t))  # type: ignore[arg-type]
+        expected = gradient(flow_map, consistency(flow_map, x0, x1, s, t, share, **options))  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+        assert not close(found, plain, 1e-3)
+
+
+def test_compared_at_data_both_later_jumps_are_those_of_the_target():
+    flow_map, target, (x0, x1, s, t) = tiny(), tiny(1), batch()
+    x_s, share = torch.lerp(x0, x1, column(s)), uniforms(5, 6, 0.1, 0.9)
+    r = s + share * (t - s)
+    wanted = target.look_ahead(target.jump(torch.lerp(x0, x1, column(r)), r, t), t)
+    expected = mean_square(target.look_ahead(flow_map.jump(x_s, s, t), t) - wanted.detach()) / share
+    losses = consistency(flow_map, x0, x1, s, t, share, target=target, compare="data")
+    assert close(losses, expected)
+    losses.sum().backward()
+    assert all(p.grad is None for p in target.parameters())
 
 
 def test_a_step_shrinks_by_equal_factors_or_by_halves():
@@ -246,6 +281,9 @@ def test_averages_and_rounds_follow_the_map():
     expected = sum(0.1 * 0.9 ** (8 - k) * k for k in range(1, 9))
     assert torch.allclose(behind, torch.full_like(behind, expected))
     assert not any(p.requires_grad for p in average.parameters())
+    flow_map.guidance_scale = 3.0  # for sampling
+    average.begin(flow_map)
+    assert average.map.guidance_scale == 1.0
 
 
 def test_held_modules_take_no_gradient_and_pass_it_on():
@@ -255,6 +293,9 @@ def test_held_modules_take_no_gradient_and_pass_it_on():
     with held(flow_map):
         flow_map.look_ahead(x, 0.5).sum().backward()
     assert x.grad is not None and all(p.grad is None for p in flow_map.parameters())
+    assert [p.requires_grad for p in flow_map.parameters()] == before
+    with pytest.raises(TypeError), held(flow_map):
+        flow_map.look_ahead(None, 0.5)  # type: ignore[arg-type]
     assert [p.requires_grad for p in flow_map.parameters()] == before
 
 
@@ -272,8 +313,21 @@ def test_a_total_adds_its_objectives():
     total = Total([a, b], [1.0, 0.5])(flow_map, x0, x1, s, t, None, torch.Generator().manual_seed(0))
     parts = a(flow_map, x0, x1, s, t), b(flow_map, x0, x1, s, t, None, torch.Generator().manual_seed(0))
     assert torch.allclose(total, parts[0] + 0.5 * parts[1])
+    assert close(gradient(flow_map, total), gradient(flow_map, parts[0]) + 0.5 * gradient(flow_map, parts[1]))
     with pytest.raises(ConfigError, match="one weight for each"):
         Total([a, b], [1.0])
+
+
+def test_a_total_tells_its_objectives_the_step_and_the_condition():
+    told = []
+
+    def telling(flow_map, x0, x1, s, t, condition=None, generator=None, step=0):
+        told.append((condition, step))
+        return s
+
+    condition = Condition({"label": torch.zeros(6, dtype=torch.long)})
+    assert torch.equal(Total([telling, telling])(tiny(), *batch(), condition, None, 7), 2 * batch()[2])
+    assert told == [(condition, 7)] * 2
 
 
 # --- networks around networks ---------------------------------------------------------------------------------
@@ -342,6 +396,26 @@ def test_learnt_weights_end_at_the_log_of_the_mean_loss():
     optimizer.step(closure)  # type: ignore[arg-type]
     weighted = weighting(losses, s, t).detach()
     assert torch.allclose(weighted, 1 + losses.log(), atol=1e-3)
+
+
+def test_learnt_weights_read_both_times():
+    """exp(-w) loss + w, with w = a . (cos(pi k s), cos(pi k t), sin(pi k s), sin(pi k t)) + b, k from 0."""
+    weighting, losses = Learnt(frequencies=3).double(), uniforms(0, 5, 0.1, 2.0)
+    s, t = uniforms(1, 5), uniforms(2, 5)
+    with torch.no_grad():
+        weighting.leave.weight.copy_(numbers(3, 1, 12))
+        weighting.leave.bias.fill_(0.3)
+    angles = (
+        torch.pi * torch.outer(s, torch.arange(3.0).double()),
+        torch.pi * torch.outer(t, torch.arange(3.0).double()),
+    )
+    features = torch.cat([angles[0].cos(), angles[1].cos(), angles[0].sin(), angles[1].sin()], 1)
+    w = features @ numbers(3, 12) + 0.3
+    losses.requires_grad_()
+    weighted = weighting(losses, s, t)
+    torch.testing.assert_close(weighted, losses / w.exp() + w, rtol=1e-6, atol=0)  # rates are float32
+    (slopes,) = torch.autograd.grad(weighted.sum(), losses)
+    torch.testing.assert_close(slopes, (-w).exp(), rtol=1e-6, atol=0)  # the map learns through them
 
 
 # --- laws of intervals ----------------------------------------------------------------------------------------

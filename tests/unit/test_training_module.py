@@ -280,6 +280,43 @@ def test_accumulated_batches_are_all_new(tmp_path: Path) -> None:
     assert len({float(s[0]) for s in module.times_seen}) == 6  # noise and times are new in each of them too
 
 
+def test_rule_diagonal_times_and_weighting_are_told_what_is_theirs(tmp_path: Path) -> None:
+    """The training step, and of every row its own times and condition."""
+    told: dict[str, list[Any]] = {"rule": [], "diagonal": [], "times": [], "weighting": []}
+
+    def telling(name: str) -> Any:
+        def objective(flow_map, x0, x1, s, t, condition: Any = None, generator=None, step=0):
+            told[name].append((step, s, t, condition["label"]))
+            return flow_map.velocity(x0, s, condition).flatten(1).square().mean(1)
+
+        return objective
+
+    class Telling(Triangle):
+        def __call__(self, n: int, generator: Any = None, step: int = 0) -> Any:
+            told["times"].append(step)
+            return super().__call__(n, generator, step)
+
+    def weighting(losses: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        told["weighting"].append((s, t))
+        return losses
+
+    module = FlowMapTraining(
+        digit_map(), telling("rule"), Telling(0.25), weighting, partial(SGD, lr=0.1),
+        prompt_dropout=0.0, diagonal=telling("diagonal"),
+    )  # fmt: skip
+    data = Digits(8, validation_size=0)
+    trainer(tmp_path, 2).fit(module, data)
+    assert told["times"] == [0, 1]
+    for step, (s, t) in enumerate(told["weighting"]):
+        assert torch.equal(s[:2], t[:2]) and (t[2:] < s[2:]).all()
+        condition = module.flow_map.encode_prompts(data.batch(step)["prompt"])
+        assert condition is not None
+        for name, rows in (("diagonal", slice(2)), ("rule", slice(2, None))):
+            at, *found = told[name][step]
+            assert at == step
+            assert all(torch.equal(a, b[rows]) for a, b in zip(found, (s, t, condition["label"]), strict=True))
+
+
 def test_diagonal_first_then_everything(tmp_path: Path) -> None:
     shares = []
 
