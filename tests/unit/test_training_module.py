@@ -1,5 +1,6 @@
 """The Lightning modules through a real Trainer on the CPU: they learn, they resume, they keep guests out."""
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainers import copied, digit_map, equal, point_map, trainer
 
 from steerfm import (
     EMA,
+    MLP,
     BestOfN,
     Digits,
     DirectBackprop,
@@ -26,6 +28,7 @@ from steerfm import (
     Prompts,
     RewardFineTuning,
     SteeredSampling,
+    digits,
 )
 from steerfm.callbacks.ema import averaged
 from steerfm.conditions import Labels
@@ -376,6 +379,25 @@ def test_guidance_is_learnt_once_flow_matching_alone_is_over(tmp_path: Path) -> 
         FlowMapTraining(digit_map(), guidance=(1.0, 4.0))
     with pytest.raises(ConfigError, match="needs a conditioner"):
         FlowMapTraining(point_map(), guidance=2.0)
+
+
+def test_scales_are_drawn_evenly_in_their_logarithm_once_flow_matching_alone_is_over(tmp_path: Path) -> None:
+    low, high, told = 2.0, 32.0, []
+
+    def diagonal(flow_map, x0, x1, s, t, condition: Any = None, generator=None, step=0):
+        told.append(condition.tensors.get("guidance"))
+        return flow_map.velocity(x0, s, condition).flatten(1).square().mean(1)
+
+    network = MLP((1, 8, 8), width=16, depth=1, frequencies=4, num_classes=10, guidance_input=True)
+    module = FlowMapTraining(
+        FlowMap(network, conditioner=Labels(digits.CAPTIONS)), Compositional(), Triangle(1.0), flow_matching_steps=1,
+        guidance=(low, high), diagonal=diagonal, optimizer=partial(SGD, lr=0.1),
+    )  # fmt: skip
+    trainer(tmp_path, 2).fit(module, Digits(512, validation_size=0))
+    first, second = told
+    assert first is None and low <= second.min() < second.max() <= high
+    middle, spread = math.log(low * high) / 2, math.log(high / low) / 12**0.5
+    assert abs(float(second.log().mean()) - middle) < 4 * spread / 512**0.5  # four standard errors
 
 
 def test_unet_with_classes_trains_and_is_tuned(tmp_path: Path) -> None:
