@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact import column, exact, gaussian, mixture, numbers, uniforms
 from torch import Tensor, nn
+from torch.optim import SGD
 from trainers import equal, point_map, trainer
 
 from steerfm.analytic import analytic_flow_map
@@ -480,6 +481,13 @@ def test_teachers_stay_out_and_companions_are_trained_kept_and_followed(tmp_path
     assert not torch.equal(raw, followed) and (raw - followed).abs().max() < raw.abs().max()
     trained = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
     assert trained == {id(p) for p in (*module.flow_map.parameters(), *module.weighting.parameters())}
+
+
+def test_a_round_begins_with_the_weights_after_its_step(tmp_path):
+    rounds = Rounds(0, 2)
+    module = FlowMapTraining(point_map(), Compositional(teacher=rounds), optimizer=partial(SGD, lr=0.1))
+    trainer(tmp_path, steps=2).fit(module, Points("moons", batch_size=32))
+    assert equal(rounds.map.state_dict(), module.flow_map.state_dict())
 
 
 def test_resuming_with_a_following_teacher_is_never_having_stopped(tmp_path):
