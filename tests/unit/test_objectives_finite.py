@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -444,11 +445,19 @@ def test_intervals_are_limited_and_may_grow():
     generator = partial(torch.Generator().manual_seed, 0)
     s, t = Triangle(0.5, both=True)(100, generator())
     for law, step, factor in ((Limited(Triangle(0.5, both=True), 0.5), 0, 0.5),
-                              (Limited(Triangle(0.5, both=True), 0.5, growing=10), 4, 0.2)):  # fmt: skip
+                              (Limited(Triangle(0.5, both=True), 0.5, growing=10), 4, 0.2),
+                              (Limited(Triangle(0.5, both=True), 0.5, growing=10), 40, 0.5)):  # fmt: skip
         a, b = law(100, generator(), step)
         assert torch.equal(a, s) and torch.allclose(b - a, factor * (t - s), atol=1e-7)
     with pytest.raises(ConfigError, match="reach lies in"):
         Limited(Triangle(), 0.0)
+
+
+@pytest.mark.parametrize("law", [Limited, partial(Anchored, start=0.0, end=0.0)])
+def test_laws_made_of_another_tell_it_the_training_step(law: Callable[..., Any]) -> None:
+    for step, interval in ((0, 1 / 4), (7, 1 / 2), (99, 1.0)):
+        s, t = law(Dyadic(2, diagonal=0.0, rounds=5))(4, None, step)
+        assert (s - t).tolist() == [interval] * 4
 
 
 # --- in training ----------------------------------------------------------------------------------------------
