@@ -49,9 +49,9 @@ def eulerian(
 
     Reference: Geng et al. 2025, arXiv 2505.13447, eq. (9) and (10), there with time from target to source (MeanFlow:
     tangent, target); Geng et al. 2025, arXiv 2512.02012 (improved MeanFlow: tangent, along self); Boffi et al. 2025,
-    arXiv 2505.18825 (ESD: self, nothing or spatial); Boffi et al. 2024, arXiv 2406.07507 (EMD: teacher, nothing); Sabour et al.
-    2025, arXiv 2506.14603 (AYF-EMD: teacher, target); Lu and Song 2024, arXiv 2410.11081, section 4 (sCM: t = 0 only;
-    tangent warm-up and normalisation, which keep it stable).
+    arXiv 2505.18825 (ESD: self, spatial; or nothing); Boffi et al. 2024, arXiv 2406.07507 (EMD: teacher, nothing);
+    Sabour et al. 2025, arXiv 2506.14603 (AYF-EMD: teacher, target); Lu and Song 2024, arXiv 2410.11081, section 4
+    (sCM: t = 0 only; tangent warm-up and normalisation, which keep it stable).
     """
     x_s = flow_map.path.interpolate(x0, x1, s)
     v = source_velocity(flow_map, x0, x1, x_s, s, condition, velocity, teacher)
