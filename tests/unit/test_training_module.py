@@ -381,6 +381,35 @@ def test_guidance_is_learnt_once_flow_matching_alone_is_over(tmp_path: Path) -> 
         FlowMapTraining(point_map(), guidance=2.0)
 
 
+def test_noise_is_normal_and_new_and_flow_matching_alone_draws_its_own_times(tmp_path: Path) -> None:
+    """Means, variances and the correlation of two steps' noise are within four standard errors."""
+    drawn = []
+
+    def diagonal(flow_map, x0, x1, s, t, condition: Any = None, generator=None, step=0):
+        drawn.append((x1, s, t))
+        return flow_map.velocity(x0, s, condition).flatten(1).square().mean(1)
+
+    class Fixed(Triangle):
+        def one(self, n: int, generator: Any = None) -> Tensor:
+            return torch.full((n,), 0.25)
+
+    module = FlowMapTraining(
+        digit_map(),
+        Compositional(),
+        Fixed(1.0),
+        flow_matching_steps=1,
+        diagonal=diagonal,
+        optimizer=partial(SGD, lr=0.1),
+    )
+    trainer(tmp_path, 2).fit(module, Digits(256, validation_size=0))
+    (first, s, t), (second, later, _) = drawn
+    assert (s == 0.25).all() and (t == 0.25).all() and len(later.unique()) > 200
+    error = first.numel() ** -0.5
+    for x1 in (first, second):
+        assert abs(float(x1.mean())) < 4 * error and abs(float(x1.var()) - 1) < 4 * 2**0.5 * error
+    assert abs(float((first * second).mean())) < 4 * error
+
+
 def test_scales_are_drawn_evenly_in_their_logarithm_once_flow_matching_alone_is_over(tmp_path: Path) -> None:
     low, high, told = 2.0, 32.0, []
 
