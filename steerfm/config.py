@@ -89,11 +89,11 @@ def _with_overrides(
     recipe = _recipe_name(command or "COMMAND", chosen, library)
     _check_options(chosen, library)
     groups = [override.input_line or "" for override in chosen if override.key_or_group != "recipe"]
-    base = _compose([library.search_path(), f"recipe={recipe}", *groups])
+    base = _compose([_search_path(library), f"recipe={recipe}", *groups])
     if command is not None:
         _check_command(command, recipe, base)
     lines = [_checked_line(override, base, trusted) for override in parsed if override not in chosen]
-    return recipe, _compose([library.search_path(), f"recipe={recipe}", *groups, *lines])
+    return recipe, _compose([_search_path(library), f"recipe={recipe}", *groups, *lines])
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -262,6 +262,12 @@ def _compose(overrides: Sequence[str]) -> Any:
         raise ConfigError(
             f"The recipe does not compose ({type(error).__name__}): {' '.join(str(error).split())}"
         ) from error
+
+
+def _search_path(library: Library) -> str:
+    """Return the override that lets Hydra see the user's folders."""
+    quoted = ",".join(f"'file://{folder}'" for folder in library.own)
+    return f"hydra.searchpath=[{quoted}]"
 
 
 def _checked_line(override: Override, base: Any, trusted: Sequence[str]) -> str:

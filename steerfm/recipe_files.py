@@ -37,11 +37,6 @@ class Library:
         for folder in self.own:
             _check_folder(folder, self.shipped)
 
-    def search_path(self) -> str:
-        """Return the override that lets Hydra see the user's folders."""
-        quoted = ",".join(f"'file://{folder}'" for folder in self.own)
-        return f"hydra.searchpath=[{quoted}]"
-
     def groups(self) -> list[str]:
         """Return the names of the config groups, such as network and trainer."""
         folders = [self.shipped, *self.own]

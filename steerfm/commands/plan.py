@@ -120,8 +120,8 @@ def _followed_generation(course: Course) -> SteeredSampling:
         flow_map, method, reward = (recipe.build(part) for part in ("flow_map", "method", "reward"))
         held_out = [judge for judge in (recipe.build("held_out") or {}).values() if judge is not None]
         steers = hasattr(method, "steer")
-        watch = Watch(look_aheads=True) if steers and recipe.values.get("trace") else None
-        module = in_precision(SteeredSampling(flow_map, method, reward, held_out, watch), course)
+        traced = Watch(look_aheads=True) if steers and recipe.values.get("trace") else None
+        module = in_precision(SteeredSampling(flow_map, method, reward, held_out, traced), course)
         kept = follow_batch(module, batch, course)
         batches = math.ceil(len(loader) / course.processes)
         if batches > 1:

@@ -71,9 +71,9 @@ def optimizer_of(module: Any, course: Course) -> Any:
 def share(batch: Any, processes: int) -> Any:
     """Return one process's rows of a batch of all of them."""
     rows = max((len(each) for each in batch.values() if isinstance(each, list | Tensor)), default=0)
-    share = -(-rows // processes)
+    own = -(-rows // processes)
     cut = {
-        name: each[:share] if isinstance(each, list | Tensor) and len(each) == rows else each
+        name: each[:own] if isinstance(each, list | Tensor) and len(each) == rows else each
         for name, each in batch.items()
     }
     return batch if processes == 1 else cut
