@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LONGEST = 4000  # characters of a sentence, which may repeat what a stranger wrote
 
@@ -49,6 +49,15 @@ class RunError(SteerfmError):
 
 class DerivativeError(SteerfmError):
     """A network cannot be differentiated in forward mode."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then what it was raised from or while, and so on; once each, should they go in a circle."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

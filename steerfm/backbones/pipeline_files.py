@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from steerfm.errors import CheckpointError, SteerfmError, TrustError, missing_package
+from steerfm.errors import CheckpointError, SteerfmError, TrustError, causes, missing_package
 from steerfm.logs import quiet
 from steerfm.saving import DTYPES
 
@@ -134,7 +134,7 @@ class PipelineFiles:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            gated = any("Gated" in type(each).__name__ for each in _causes(error)) or "gated" in reason.lower()
+            gated = any("Gated" in type(each).__name__ for each in causes(error)) or "gated" in reason.lower()
             fix = "accept its licence on the hub and log in by 'hf auth login'" if gated else self._layout()
             raise CheckpointError(
                 f"'{part}' of {self.source} cannot be read ({type(error).__name__}: {reason}): {fix}"
@@ -169,9 +169,3 @@ def library(name: str) -> Any:
         return found
     except ModuleNotFoundError as error:
         raise missing_package(name, "diffusers", "A pretrained model") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

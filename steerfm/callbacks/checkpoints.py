@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from steerfm import files
 from steerfm.distributed import gather, world
-from steerfm.errors import CheckpointError, ConfigError
+from steerfm.errors import CheckpointError, ConfigError, causes
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class DurableCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, stream)
             except RuntimeError as error:  # what torch makes of a stream that cannot be written
-                raise _cause(error) from error
+                raise next((each for each in causes(error) if isinstance(each, OSError)), error) from None
 
 
 class RandomState(Callback):
@@ -219,13 +218,3 @@ def _state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _cause(error: BaseException) -> OSError:
-    """Return the error of the operating system behind an error, a full disk where none is told."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError):
-            return found
-        found = found.__cause__ or found.__context__
-    return OSError(errno.ENOSPC, str(error).splitlines()[0])

@@ -23,7 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from steerfm import config
 from steerfm.config import Composed
-from steerfm.errors import ConfigError, DataError, RewardError, SteerfmError
+from steerfm.errors import ConfigError, DataError, RewardError, SteerfmError, causes
 from steerfm.memory import first_sentence, out_of_memory, what_was_asked
 from steerfm.reward import Reward
 from steerfm.runs import Run, choose_name, is_main_process
@@ -121,9 +121,10 @@ def in_one_sentence(error: Exception, values: dict[str, Any]) -> SteerfmError | 
             f"Out of memory ({what_was_asked(error)}): lower {lower or 'the size of the batches'} (null is all at "
             f"once), and give the run another name; {kept}."
         )
-    if _reader_died(error):
+    death = _death_of_a_reader(error)
+    if death is not None:
         return DataError(
-            f"A process that reads data has died ({first_sentence(error)}), often for want of memory: give the data "
+            f"A process that reads data has died ({first_sentence(death)}), often for want of memory: give the data "
             f"fewer workers, or run the same command again; {kept}."
         )
     name = _reward_that_raised(error)
@@ -136,16 +137,19 @@ def in_one_sentence(error: Exception, values: dict[str, Any]) -> SteerfmError | 
     return None
 
 
-def _reader_died(error: Exception) -> bool:
-    """Return whether an error means that a data worker has died: PyTorch's word for it, or a connection cut before.
+def _death_of_a_reader(error: Exception) -> BaseException | None:
+    """Return what in an error says that a data worker has died: PyTorch's word for it, or a connection cut before.
 
+    PyTorch says it from a signal handler, whatever the run is at just then, so that other errors may come of it.
     Tensors come through a connection of their own. A worker that dies while one is fetched breaks that connection,
     and PyTorch passes the break on where the system has not yet reported the death.
     """
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return True
+    for each in causes(error):
+        if isinstance(each, RuntimeError) and str(each).startswith("DataLoader worker"):
+            return each
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, OSError | EOFError) and _MultiProcessingDataLoaderIter._try_get_data.__code__ in codes
+    cut = isinstance(error, OSError | EOFError) and _MultiProcessingDataLoaderIter._try_get_data.__code__ in codes
+    return error if cut else None
 
 
 def _reward_that_raised(error: Exception) -> str:

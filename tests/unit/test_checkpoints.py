@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import resource
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -13,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from steerfm import DurableCheckpoints, RandomState
+from steerfm import DurableCheckpoints, RandomState, files
 from steerfm.callbacks.checkpoints import KEY, gathered_states, restore
-from steerfm.errors import CheckpointError, RunError
+from steerfm.commands.common import in_one_sentence
+from steerfm.errors import CheckpointError, RunError, causes
 
 
 class Drawing(lightning.LightningModule):
@@ -111,3 +116,43 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     with pytest.raises(TypeError, match="no storage_options"):
         plugin.save_checkpoint({}, path, storage_options={})
+
+
+class Interrupting(io.RawIOBase):
+    """A file during whose n-th writing a data worker dies, which PyTorch raises from a signal handler."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.calls -= 1
+        if self.calls == 0:
+            raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
+        return memoryview(data).nbytes
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+def test_a_data_worker_that_dies_while_a_checkpoint_is_written_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    @contextlib.contextmanager
+    def replacing(path: Path) -> Iterator[Interrupting]:
+        yield Interrupting(calls)
+
+    monkeypatch.setattr(files, "replacing", replacing)
+    with pytest.raises(RuntimeError) as died:
+        DurableCheckpoints().save_checkpoint({"weights": torch.ones(10)}, tmp_path / "last.ckpt")
+    told = str(in_one_sentence(died.value, {}))
+    assert told.startswith("A process that reads data has died (DataLoader worker (pid 4711) is killed by signal")
+
+
+def test_an_error_s_causes_are_told_once_each() -> None:
+    first, second = OSError("first"), RuntimeError("second")
+    second.__context__ = first
+    assert list(causes(second)) == [second, first]
+    first.__cause__ = second
+    assert list(causes(second)) == [second, first]
+    assert list(causes(None)) == []
