@@ -1,6 +1,7 @@
 """Distributional distillation: the map's samples y = F(x_s, s, 0) are judged by where they lie, not by where each goes.
 
-The target time is 0 whatever the time law says; s = 1 throughout, `Anchored(..., start=1.0)`, uses no data in y. What
+The target time is 0 whatever the time law says, and the source time is `start` where that is given: from start = 1, or
+`Anchored(..., start=1.0)`, no data are in y, and other objectives in a Total keep the law's own jumps. What
 judges besides the teacher (a flow map of the samples, a critic) is a companion that learns beside the map. Its loss and
 the map's are added, and no gradient of one reaches the parameters of the other.
 
@@ -145,14 +146,32 @@ def critic_of(flow_map: FlowMap) -> Critic:
 
 
 class _TwoTimeScales:
-    """An objective whose map learns at one step in `every`."""
+    """An objective whose map learns at one step in `every`, from samples that it makes from time `start`."""
 
     every: int
+    start: float | None
 
     @property
     def leaves_out(self) -> bool:
         """Whether in some steps the map has no gradient."""
         return self.every > 1
+
+    def _learns(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def _check(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"The map learns at every 1 step or more, got {self.every}.")
+        if self.start is not None and not 0 < self.start <= 1:
+            raise ConfigError(f"start lies in (0, 1], or is None for the time law's, got {self.start}.")
+
+    def _samples(
+        self, flow_map: FlowMap, x0: State, x1: State, s: Times, condition: Condition | None, step: int
+    ) -> State:
+        """Return the map's samples, with a gradient where it learns at this step."""
+        source = s if self.start is None else torch.full_like(s, self.start)
+        with torch.set_grad_enabled(self._learns(step) and torch.is_grad_enabled()):
+            return sampled(flow_map, x0, x1, source, condition)
 
 
 @dataclass(frozen=True)
@@ -161,20 +180,22 @@ class IntegralKL(_TwoTimeScales):
 
     teacher: any map with a velocity, guided where it is guided. fake: a flow map, best a second copy of the teacher,
     that learns the velocity of the samples by flow matching at the same levels; it is never guided. every: steps for
-    each of the map's. levels: of the noise. DMD's regression to the ends of the teacher's own paths is another
-    objective, in a Total: Lagrangian with the teacher, for example.
+    each of the map's. start: source time of the samples, in (0, 1]; None takes the time law's. levels: of the noise.
+    DMD's regression to the ends of the teacher's own paths is another objective, in a Total: Lagrangian with the
+    teacher, for example.
     """
 
     teacher: FlowMap
     fake: FlowMap
     weight: Weight = "dmd"
     every: int = field(default=5, kw_only=True)
+    start: float | None = field(default=None, kw_only=True)
     levels: Levels = field(default=Levels(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.weight not in ("dmd", "kl"):
             raise ConfigError(f"weight is 'dmd' or 'kl', got '{self.weight}'.")
-        _check_every(self.every)
+        self._check()
         if self.fake is self.teacher:
             raise ConfigError("The fake learns and the teacher is frozen: give the fake a copy, got one map for both.")
         if self.fake.path != self.teacher.path:
@@ -194,13 +215,11 @@ class IntegralKL(_TwoTimeScales):
         generator: torch.Generator | None = None,
         step: int = 0,
     ) -> Values:
-        learns = step % self.every == 0
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            y = sampled(flow_map, x0, x1, s, condition)
+        y = self._samples(flow_map, x0, x1, s, condition, step)
         fake = self.fake.with_guidance(1.0)  # it describes the samples as they are
         tau, noise = self.levels.draw(y, generator)
         fitting = flow_matching(fake, y.detach(), noise, tau, condition)
-        if not learns:
+        if not self._learns(step):
             return fitting
         return fitting + integral_kl(y, self.levels.draw(y, generator), self.teacher, fake, condition, self.weight)
 
@@ -211,9 +230,10 @@ class Adversarial(_TwoTimeScales):
 
     critic: called as critic(x, tau, condition) -> (B,), such as `Critic` around a network. game: "hinge" or "logistic",
     see `generator_loss`. noised: both are seen through noise of these levels, which keeps their supports overlapping,
-    else clean, tau = 0. every: steps for each of the map's. penalty: half of it times the critic's steepness is added
-    at data and at samples, by differences of `step`, see `steepness`; it has to shrink with the square of the smallest
-    distance that the critic must tell apart. With a `TeacherDenoises` in a Total it is ADD.
+    else clean, tau = 0. every: steps for each of the map's. start: source time of the samples, in (0, 1]; None takes
+    the time law's. penalty: half of it times the critic's steepness is added at data and at samples, by differences of
+    `step`, see `steepness`; it has to shrink with the square of the smallest distance that the critic must tell apart.
+    With a `TeacherDenoises` in a Total it is ADD.
 
     Reference: Sauer et al. 2023, arXiv 2311.17042 (ADD: hinge, clean, R1 at data); Wang et al. 2022, arXiv 2206.02262
     (Diffusion-GAN: noised); Huang et al. 2025, arXiv 2501.05441 (why the penalty stands at both).
@@ -223,6 +243,7 @@ class Adversarial(_TwoTimeScales):
     game: Game = "hinge"
     noised: bool = True
     every: int = field(default=1, kw_only=True)
+    start: float | None = field(default=None, kw_only=True)
     penalty: float = field(default=1.0, kw_only=True)
     step: float = field(default=0.01, kw_only=True)
     levels: Levels = field(default=Levels(), kw_only=True)
@@ -230,7 +251,7 @@ class Adversarial(_TwoTimeScales):
     def __post_init__(self) -> None:
         if self.game not in ("hinge", "logistic"):
             raise ConfigError(f"game is 'hinge' or 'logistic', got '{self.game}'.")
-        _check_every(self.every)
+        self._check()
         if self.penalty < 0 or not self.step > 0:
             raise ConfigError(f"penalty is 0 or more and step above 0, got {self.penalty} and {self.step}.")
 
@@ -245,11 +266,9 @@ class Adversarial(_TwoTimeScales):
         generator: torch.Generator | None = None,
         step: int = 0,
     ) -> Values:
-        learns = step % self.every == 0
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            y = sampled(flow_map, x0, x1, s, condition)
+        y = self._samples(flow_map, x0, x1, s, condition, step)
         judging = self._judging(flow_map.path, x0, y.detach(), condition, generator)
-        if not learns:
+        if not self._learns(step):
             return judging
         made, tau = self._seen(y, flow_map.path, generator)
         with held(self.critic):
@@ -301,8 +320,3 @@ class TeacherDenoises:
     ) -> Values:
         y = sampled(flow_map, x0, x1, s, condition)
         return teacher_denoises(y, self.levels.draw(y, generator), self.teacher, condition)
-
-
-def _check_every(every: int) -> None:
-    if every < 1:
-        raise ConfigError(f"The map learns at every 1 step or more, got {every}.")

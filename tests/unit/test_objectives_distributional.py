@@ -374,6 +374,23 @@ def test_between_the_maps_steps_the_companions_loss_stands_alone():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_samples_start_where_they_are_told_to(step: int):
+    x0, x1, s, t = flat_batch()
+    makers = {
+        "KL": lambda **more: IntegralKL(plane(2), plane(1), every=2, **more),
+        "critic": lambda **more: Adversarial(Critic(plane(1).network), every=2, **more),
+    }
+    for make in makers.values():
+        losses = make(start=0.7)(plane(0), x0, x1, s, t, None, generator(), step)
+        there = make()(plane(0), x0, x1, torch.full_like(s, 0.7), t, None, generator(), step)
+        torch.testing.assert_close(losses, there, rtol=1e-9, atol=0)
+        assert not torch.allclose(losses, make()(plane(0), x0, x1, s, t, None, generator(), step), rtol=1e-3)
+        from_noise = make(start=1.0)
+        losses = [from_noise(plane(0), data, x1, s, t, None, generator(), 0) for data in (x0, 3 * x0)]
+        assert isinstance(from_noise, Adversarial) or torch.equal(*losses)
+
+
 def test_two_time_scales_leave_the_map_out_and_say_so():
     for every, leaves_out in ((1, False), (2, True)):
         kl, game = IntegralKL(plane(0), plane(1), every=every), Adversarial(Critic(plane(2).network), every=every)
@@ -497,6 +514,8 @@ def test_a_map_with_a_critic_that_learns_ends_at_the_data(game: str, noised: boo
         (lambda: Adversarial(nn.Identity(), step=0.0), "step above 0"),
         (lambda: Adversarial(nn.Identity(), every=0), "every 1 step or more"),
         (lambda: IntegralKL(plane(0), plane(1), every=0), "every 1 step or more"),
+        (lambda: IntegralKL(plane(0), plane(1), start=0.0), r"start lies in \(0, 1\], .* got 0.0"),
+        (lambda: Adversarial(nn.Identity(), start=1.5), r"start lies in \(0, 1\], .* got 1.5"),
         (lambda: Levels(0.0, 0.5), "within \\(0, 1\\)"),
         (lambda: Levels(0.5, 0.4), "low to high"),
     ],
