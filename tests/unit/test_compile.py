@@ -205,7 +205,7 @@ def test_a_compiled_run_is_saved_and_averaged_as_a_plain_one(tmp_path: Path, lin
     for compile in (False, True):
         module = FlowMapTraining(
             digit_map(),
-            Consistency(average=SelfAverage(0.5)),
+            Consistency(average=SelfAverage(0.5), velocity="self"),
             Triangle(0.5),
             optimizer=partial(AdamW, lr=1e-2, eps=1e-3),
             flow_matching_steps=2,
