@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,16 +24,36 @@ from steerfm.types import Values
 
 
 def configure(
-    parameters: Iterable[nn.Parameter], optimizer: Callable[..., Optimizer], scheduler: Callable[..., Any] | None
+    parameters: Iterable[nn.Parameter],
+    optimizer: Callable[..., Optimizer],
+    scheduler: Callable[..., Any] | None,
+    apart: Iterable[nn.Parameter] = (),
+    rate: float = 1.0,
 ) -> Any:
-    """Return what configure_optimizers returns: the optimiser of the trainable parameters, its schedule by step."""
-    trainable = [p for p in parameters if p.requires_grad]
+    """Return what configure_optimizers returns: the optimiser of the trainable parameters, its schedule by step.
+
+    Those that are `apart` move at `rate` times the others' learning rate. Raises ConfigError where nothing can be
+    trained, and for a schedule that levels the two rates.
+    """
+    trainable, second = [p for p in parameters if p.requires_grad], {id(p) for p in apart}
     if not trainable:
         raise ConfigError("Nothing can be trained: no parameter of the flow map takes a gradient.")
-    built = optimizer(trainable)
+    groups = [[p for p in trainable if (id(p) in second) is chosen] for chosen in (False, True)]
+    if rate == 1 or not all(groups):
+        built = optimizer(trainable)
+    else:
+        built = optimizer([{"params": group} for group in groups])
+        built.param_groups[1]["lr"] *= rate
     if scheduler is None:
         return built
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+    schedule = scheduler(built)
+    first, *rest = (group.get("initial_lr", group["lr"]) for group in built.param_groups)
+    if any(not math.isclose(other, rate * first, rel_tol=1e-6) for other in rest):
+        raise ConfigError(
+            f"{type(schedule).__name__} sets the learning rates of both groups, which are to stand {rate:g} to 1, to "
+            f"{rest[0]:g} and {first:g}: take a schedule that multiplies what there is, such as LinearLR."
+        )
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def step_generator(module: lightning.LightningModule, seed: int, rows: Sequence[int]) -> BatchGenerator:

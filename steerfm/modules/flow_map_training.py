@@ -49,9 +49,10 @@ class FlowMapTraining(lightning.LightningModule):
     guidance: scale of classifier-free guidance that the map learns, as `flow_matching` says, once
     flow_matching_steps are over; 1 is none. (low, high): each row learns a scale between them, drawn evenly in its
     logarithm, and a network built with guidance_input reads it. It needs prompt_dropout.
-    optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). seed: of all noise
-    in training, which depends on (seed, batch, row) and not on the number of processes. sighted: every row is told a
-    noisy state x_t of its own x0, t uniform on [0, 1], so that the map learns to draw x0 given x_t
+    optimizer, scheduler: partials, of parameters and of the optimiser (stepped every step). companion_rate: the
+    learning rate of what the objective trains beside the map, a fake or a critic, as a multiple of the map's.
+    seed: of all noise in training, which depends on (seed, batch, row) and not on the number of processes. sighted:
+    every row is told a noisy state x_t of its own x0, t uniform on [0, 1], so that the map learns to draw x0 given x_t
     (`steerfm.conditions.sight`). compile: work the losses out by torch.compile, in training alone; what it cannot do,
     or does wrong, runs as it is, and a log line says so.
     """
@@ -72,8 +73,13 @@ class FlowMapTraining(lightning.LightningModule):
         compile: bool = False,
         *,
         sighted: bool = False,
+        companion_rate: float = 1.0,
     ) -> None:
         super().__init__()
+        if not companion_rate > 0:
+            raise ConfigError(
+                f"companion_rate is a positive multiple of the map's learning rate, got {companion_rate}."
+            )
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
         scales = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
@@ -109,6 +115,7 @@ class FlowMapTraining(lightning.LightningModule):
         self._followers = Followers(self.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=3e-4)
         self.scheduler = scheduler
+        self.companion_rate = companion_rate
         self.flow_matching_steps = flow_matching_steps
         self.prompt_dropout = prompt_dropout
         self.guidance = scales
@@ -205,7 +212,8 @@ class FlowMapTraining(lightning.LightningModule):
         return condition.where(keep, null)
 
     def configure_optimizers(self) -> Any:
-        return configure(self.parameters(), self.optimizer, self.scheduler)
+        apart = self.companions.parameters()
+        return configure(self.parameters(), self.optimizer, self.scheduler, apart, self.companion_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_map"] = describe_flow_map(self.flow_map)

@@ -95,16 +95,8 @@ class PreferenceTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         head = {id(parameter) for parameter in self.network.head.parameters()}
-
-        def in_two_groups(parameters: list[nn.Parameter]) -> Optimizer:
-            tower = [parameter for parameter in parameters if id(parameter) not in head]
-            groups = [{"params": list(self.network.head.parameters())}, *([{"params": tower}] if tower else [])]
-            built = self.optimizer(groups)
-            for group in built.param_groups[1:]:
-                group["lr"] *= self.tower_rate
-            return built
-
-        return configure(self.network.parameters(), in_two_groups, self.scheduler)
+        tower = [parameter for parameter in self.network.parameters() if id(parameter) not in head]
+        return configure(self.network.parameters(), self.optimizer, self.scheduler, tower, self.tower_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         learnt = {f"network.{name}" for name in self.network.learnt()}

@@ -26,6 +26,7 @@ from steerfm.objectives import (
     Consistency,
     FlowMapMatching,
     FlowMatching,
+    IntegralKL,
     Lagrangian,
     Learnt,
     PseudoHuber,
@@ -490,6 +491,39 @@ def test_teachers_stay_out_and_companions_are_trained_kept_and_followed(tmp_path
     assert not torch.equal(raw, followed) and (raw - followed).abs().max() < raw.abs().max()
     trained = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
     assert trained == {id(p) for p in (*module.flow_map.parameters(), *module.weighting.parameters())}
+
+
+def test_a_fake_moves_at_a_multiple_of_the_maps_rate():
+    """With plain gradient descent a step is the rate times the gradient, exactly; the schedule halves both rates."""
+    half = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5, total_iters=10)
+    module = FlowMapTraining(
+        point_map(), IntegralKL(point_map(), point_map()), optimizer=partial(SGD, lr=0.5), scheduler=half,
+        companion_rate=4.0,
+    )  # fmt: skip
+    before = copy.deepcopy(module.state_dict())
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    configured = module.configure_optimizers()
+    configured["optimizer"].step()
+    for part, rate in ((module.flow_map, 0.25), (module.companions, 1.0)):
+        own = {id(parameter) for parameter in part.parameters()}
+        steps = [before[name] - p.detach() for name, p in module.named_parameters() if id(p) in own]
+        assert len(steps) >= 4
+        for step in steps:
+            torch.testing.assert_close(step, torch.full_like(step, rate))
+
+
+def test_a_rate_that_a_schedule_would_level_is_refused():
+    once = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=10, cycle_momentum=False)
+    module = FlowMapTraining(
+        point_map(), IntegralKL(point_map(), point_map()), scheduler=once, companion_rate=3.0, prompt_dropout=0.0
+    )
+    with pytest.raises(ConfigError, match="OneCycleLR sets the learning rates of both groups, which are to stand 3 to"):
+        module.configure_optimizers()
+    module.scheduler = partial(once, max_lr=[0.1, 0.3])
+    module.configure_optimizers()
+    with pytest.raises(ConfigError, match="companion_rate is a positive multiple"):
+        FlowMapTraining(point_map(), companion_rate=0.0)
 
 
 def test_a_round_begins_with_the_weights_after_its_step(tmp_path):
