@@ -43,7 +43,7 @@ TINY = {
     "pairs": [f"pairs={PAIRS}", "data.size=8", "data.validation_size=2"],
     "module.network.weights": ["module.network.model=runs/digits_clip/clip", "module.network.weights=null"],
 }
-NEEDS = {"map": "digits", "clip": "digits_clip", "teacher": "moons"}  # missing values, and whose run fills them
+NEEDS = {"clip": "digits_clip", "teacher": "moons"}  # missing values, and whose run fills them; `map` by the data
 
 
 def find(values: Any, key: str) -> bool:
@@ -67,7 +67,8 @@ def tiny(name: str, *more: str) -> list[str]:
         chosen.append("trainer.val_check_interval=2")
     if values.get("trainer", {}).get("accelerator") == "gpu":
         chosen.append("trainer=cpu")
-    needs = {**NEEDS, "map": "moons"} if "points" in values else NEEDS
+    kind = "moons" if "points" in values else "shapes" if name.startswith("shapes") else "digits"
+    needs = {**NEEDS, "map": kind}
     chosen += [f"{key}=runs/{run}" for key, run in needs.items() if values.get(key) == "???"]
     if "teacher" not in values and "'???'" in str(values.get("objective")):
         chosen.append(f"objective.teacher.path=runs/{name}")

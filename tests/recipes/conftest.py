@@ -1,4 +1,4 @@
-"""One kitchen for all tests of recipes: a folder in which a tiny map, CLIP and map of points have been made."""
+"""One kitchen for all tests of recipes: a folder with tiny maps (digits, points, shapes) and a tiny CLIP."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kitchen")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("digits", "digits_clip", "moons"):
+        for name in ("digits", "digits_clip", "moons", "shapes"):
             assert main(tiny(name)) == 0
     return folder
 
