@@ -179,8 +179,9 @@ class IntegralKL(_TwoTimeScales):
     """Diff-Instruct (weight "kl") and DMD's matching of distributions (weight "dmd"), see `integral_kl`.
 
     teacher: any map with a velocity, guided where it is guided. fake: a flow map, best a second copy of the teacher,
-    that learns the velocity of the samples by flow matching at the same levels; it is never guided. every: steps for
-    each of the map's. start: source time of the samples, in (0, 1]; None takes the time law's. levels: of the noise.
+    that learns the velocity of the samples by flow matching at the same levels; it is never guided. every: the map
+    learns from this at one step in so many, and at all steps from what stands beside it, in a Total or on the diagonal.
+    start: source time of the samples, in (0, 1]; None takes the time law's. levels: of the noise.
     DMD's regression to the ends of the teacher's own paths is another objective, in a Total: Lagrangian with the
     teacher, for example.
     """
