@@ -39,21 +39,25 @@ def configure(
     if not trainable:
         raise ConfigError("Nothing can be trained: no parameter of the flow map takes a gradient.")
     groups = [[p for p in trainable if (id(p) in second) is chosen] for chosen in (False, True)]
-    if rate == 1 or not all(groups):
-        built = optimizer(trainable)
-    else:
-        built = optimizer([{"params": group} for group in groups])
+    two = rate != 1 and all(groups)
+    built = optimizer([{"params": group} for group in groups] if two else trainable)
+    if two:
         built.param_groups[1]["lr"] *= rate
     if scheduler is None:
         return built
     schedule = scheduler(built)
-    first, *rest = (group.get("initial_lr", group["lr"]) for group in built.param_groups)
-    if any(not math.isclose(other, rate * first, rel_tol=1e-6) for other in rest):
-        raise ConfigError(
-            f"{type(schedule).__name__} sets the learning rates of both groups, which are to stand {rate:g} to 1, to "
-            f"{rest[0]:g} and {first:g}: take a schedule that multiplies what there is, such as LinearLR."
-        )
+    if two:
+        _check_rates(built, type(schedule).__name__, rate)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _check_rates(optimizer: Optimizer, schedule: str, rate: float) -> None:
+    first, second = (group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+    if not math.isclose(second, rate * first, rel_tol=1e-6):
+        raise ConfigError(
+            f"{schedule} sets the learning rates of both groups, which are to stand {rate:g} to 1, to {second:g} and "
+            f"{first:g}: take a schedule that multiplies what there is, such as LinearLR."
+        )
 
 
 def step_generator(module: lightning.LightningModule, seed: int, rows: Sequence[int]) -> BatchGenerator:

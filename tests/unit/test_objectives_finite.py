@@ -526,6 +526,15 @@ def test_a_rate_that_a_schedule_would_level_is_refused():
         FlowMapTraining(point_map(), companion_rate=0.0)
 
 
+def test_an_optimiser_may_make_groups_of_its_own():
+    def two(parameters: list[nn.Parameter]) -> SGD:
+        return SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.7}])
+
+    falling = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5)
+    configured = FlowMapTraining(point_map(), optimizer=two, scheduler=falling).configure_optimizers()
+    assert [group["lr"] for group in configured["optimizer"].param_groups] == [0.05, 0.35]
+
+
 def test_a_round_begins_with_the_weights_after_its_step(tmp_path):
     rounds = Rounds(0, 2)
     module = FlowMapTraining(point_map(), Compositional(teacher=rounds), optimizer=partial(SGD, lr=0.1))
