@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,16 @@ def gather(values: Tensor) -> Tensor:
     rows = [torch.empty_like(padded) for _ in range(count)]
     dist.all_gather(rows, padded)
     return torch.cat([row[: int(size)] for row, size in zip(rows, sizes, strict=True)])
+
+
+def names_everywhere(names: Sequence[str], device: torch.device | str = "cpu") -> list[str]:
+    """Return the names that any process has, each once, sorted; every process must call it."""
+    own = sorted(set(names))
+    if world()[1] == 1:
+        return own
+    line = json.dumps(own).encode() + b"\n"
+    everything = gather(torch.tensor(list(line), dtype=torch.uint8, device=device))
+    return sorted({name for each in bytes(everything.tolist()).splitlines() for name in json.loads(each)})
 
 
 def of_rank_zero(numbers: Sequence[int], device: torch.device | str = "cpu") -> list[int]:

@@ -43,6 +43,7 @@ def batch(
         draws=RowDraws(seed, step, rows or range(len(prompts))),
         generator=torch.Generator().manual_seed(seed + step),
         step=step,
+        seed=seed,
         data=data or {},
         **more,
     )

@@ -30,7 +30,8 @@ class Batch:
     the same rows (`steerfm.seeds.drawn`). step: optimiser steps so far. micro_batch: pictures that are decoded and
     scored at once, whose activations are worked out again in the backward pass; all of them, kept, by default. halved:
     smaller micro-batches that steps have come down to where memory ran out, the last one in use. data: whatever else
-    the batch holds, such as "x0".
+    the batch holds, such as "x0". memory: what a method keeps from step to step, in no checkpoint, so that it has to
+    follow from the seed, which is the run's.
     """
 
     flow_map: FlowMap
@@ -45,6 +46,8 @@ class Batch:
     micro_batch: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     halved: list[int] = field(default_factory=list)
+    seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def normal(self, count: int = 1) -> State:
         """Return standard normal noise, (B * count, *dim); that of one row is neighbours."""
@@ -87,8 +90,9 @@ def _score(batch: Batch, x0: State, prompts: Sequence[str]) -> Scores:
 class Tuned:
     """What one step returns, one value a row: the loss; samples of the tuned map, if the method drew any.
 
-    rewards and their parts are those of what was scored, samples of the map or of the reference. figures: whatever else
-    is worth a line in the log, by name.
+    rewards and their parts are those of what was scored, samples of the map, of the reference or of the target.
+    figures: whatever else is worth a line in the log, by name. target: draws of what the map is moved toward, if the
+    method has any: the consistency then works at those, not at the map's own samples.
     """
 
     loss: Values
@@ -96,6 +100,7 @@ class Tuned:
     rewards: Values | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
+    target: State | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,15 +39,16 @@ class RewardFineTuning(lightning.LightningModule):
     reward: anything that `steerfm.reward.as_reward` takes; None for methods that learn from pairs. method: a method of
     steerfm.finetuning. temperature: the target is p(x0) exp(r(x0) / temperature), positive. held_out: rewards that are
     logged and never optimised. consistency: an objective that brings the jumps to where the velocity has gone, on the
-    tuned map's own samples, with weight consistency_weight and intervals from `times`, off the diagonal; by default
-    `Compositional()` for methods that move the velocity alone, unless the map has nothing else; None is none. jumps: in
-    which samples are drawn for it and for the monitor, where the method draws none. adapter: makes the map that is
-    tuned from the one given, and says which of its parameters are; all by default. monitor_every: steps between
-    measurements of held-out rewards, of the divergence D from the reference and of the semigroup defect. micro_batch:
-    pictures decoded and scored at once, fewer where memory runs out. reward_timeout: seconds that a reward may take for
-    a batch (`reward_algebra.TimeLimit`). The reference is the map as given here, frozen; weights that the adapter
-    freezes are held once. Reward, held-out rewards and reference stay out of checkpoints and of the optimiser. seed: of
-    all noise, which depends on (seed, batch, row) and not on the number of processes.
+    tuned map's own samples, or on draws of the target where the method has any, with weight consistency_weight and
+    intervals from `times`, off the diagonal; by default `Compositional()` for methods that move the velocity alone,
+    unless the map has nothing else; None is none. jumps: in which samples are drawn for it and for the monitor, where
+    the method draws none. adapter: makes the map that is tuned from the one given, and says which of its parameters
+    are; all by default. monitor_every: steps between measurements of held-out rewards, of the divergence D from the
+    reference and of the semigroup defect. micro_batch: pictures decoded and scored at once, fewer where memory runs
+    out. reward_timeout: seconds that a reward may take for a batch (`reward_algebra.TimeLimit`). The reference is the
+    map as given here, frozen; weights that the adapter freezes are held once. Reward, held-out rewards and reference
+    stay out of checkpoints and of the optimiser. seed: of all noise, which depends on (seed, batch, row) and not on the
+    number of processes.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class RewardFineTuning(lightning.LightningModule):
         self.jumps = jumps
         self.micro_batch = micro_batch
         self._halved: list[int] = []  # micro-batches that steps have come down to for want of memory
+        self._memory: dict[str, Any] = {}  # what the method keeps from step to step
 
     @property
     def reward(self) -> Reward | None:
@@ -129,22 +131,21 @@ class RewardFineTuning(lightning.LightningModule):
         tuned = self.method(work)
         loss = tuned.loss.mean()
         x0 = None if tuned.x0 is None else tuned.x0.detach()
-        watched = self.global_step % self.monitor_every == 0
-        if x0 is None and (watched or self.consistency is not None):
-            with torch.no_grad():
-                x0 = few_jumps(self.flow_map, work.normal(), self.jumps, work.condition)
         self.log("loss", loss, sync_dist=True)
         if tuned.rewards is not None:
             self.log("reward", tuned.rewards.mean(), prog_bar=True, sync_dist=True)
             self.log_dict(_named("reward", means(Scores(tuned.rewards, tuned.parts))), sync_dist=True)
         self.log_dict({name: values.detach().mean() for name, values in tuned.figures.items()}, sync_dist=True)
         if self.consistency is not None:
-            gap = self._inconsistency(work, x0[:: len(x0) // len(work.prompts)])  # type: ignore[index,arg-type]
+            clean = tuned.target
+            if clean is None:
+                clean = x0 = self._drawn(work) if x0 is None else x0
+            gap = self._inconsistency(work, clean[:: len(clean) // len(work.prompts)])
             self.log("consistency", gap, sync_dist=True)
             loss = loss + self.consistency_weight * gap
         self._require_finite(loss, tuned)
-        if watched:
-            self._monitor(x0, work)  # type: ignore[arg-type]
+        if self.global_step % self.monitor_every == 0:
+            self._monitor(self._drawn(work) if x0 is None else x0, work)
         return loss
 
     def _batch(self, batch: dict[str, Any]) -> Batch:
@@ -162,8 +163,15 @@ class RewardFineTuning(lightning.LightningModule):
             step=self.global_step,
             micro_batch=self.micro_batch,
             halved=self._halved,
+            seed=self.seed,
+            memory=self._memory,
             data=batch,
         )
+
+    @torch.no_grad()
+    def _drawn(self, work: Batch) -> State:
+        """Return samples of the tuned map, one a row."""
+        return few_jumps(self.flow_map, work.normal(), self.jumps, work.condition)
 
     def _inconsistency(self, work: Batch, x0: State) -> Tensor:
         """Return the mean loss of the consistency rule on noisy states of x0."""

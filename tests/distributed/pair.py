@@ -5,6 +5,7 @@ The test computes the same with COUNT = 1 in its own process, by calling `comput
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 from steerfm.backbones import LoRA
 from steerfm.conditions import Labels
 from steerfm.digits import CAPTIONS
-from steerfm.distributed import gather, gather_particles, group_statistics, mean_and_std, shard, share_out, whole, world
+from steerfm.distributed import (
+    gather,
+    gather_particles,
+    group_statistics,
+    mean_and_std,
+    names_everywhere,
+    shard,
+    share_out,
+    whole,
+    world,
+)
 from steerfm.finetuning import (
     AdaptedNoise,
     AdjointMatching,
@@ -226,6 +237,7 @@ METHODS: dict[str, FineTuning] = {
     "leap_align": LeapAlign(4),
     "adjoint_matching": AdjointMatching(4, matched=2),
     "weighted_regression": WeightedRegression(1, 2),
+    "weighted_regression_pool": WeightedRegression(1, 2, pool=6),
     "tilt_matching": TiltMatching(1, 2),
     "reward_adaptive": RewardAdaptive(1, 2),
     "value_matching": ValueMatching(3, Glass(2), levels=3, jumps=1),
@@ -299,6 +311,8 @@ def functions() -> Iterator[tuple[str, Tensor]]:
     yield "gather/points", gather(points.requires_grad_(True))
     yield "gather/long", gather(torch.arange(ROWS)[mine])
     yield "gather/float32", gather(points.detach().float())
+    names = names_everywhere([["a\n", "ü", "a\n"], ["", "b"]][rank] if count == 2 else ["b", "ü", "", "a\n"])
+    yield "gather/names", torch.tensor([ord(letter) for letter in json.dumps(names)])
     nothing = points.detach()[: len(points) if rank == 0 else 0]
     yield "gather/one_is_empty", gather(nothing)
     mean, std = mean_and_std(values)

@@ -75,6 +75,7 @@ EXACT = {
     "adjoint_matching": (AdjointMatching(48), 512, 8),
     "adjoint_matching_some": (AdjointMatching(48, matched=12), 512, 8),
     "weighted_regression": (WeightedRegression(1), 4096, 8),
+    "weighted_regression_pool": (WeightedRegression(1, pool=4096), 2048, 8),
     "tilt_matching": (TiltMatching(1), 4096, 8),
     "value_matching": (ValueMatching(64, Glass(16), jumps=1), 128, 12),
     "policy_gradient": (PolicyGradient(32), 2048, 8),

@@ -46,6 +46,7 @@ METHODS: dict[str, FineTuning] = {
     "leap_align": LeapAlign(3),
     "adjoint_matching": AdjointMatching(4, matched=2),
     "weighted_regression": WeightedRegression(1, 2),
+    "weighted_regression_pool": WeightedRegression(1, 2, pool=6),
     "tilt_matching": TiltMatching(1, 2),
     "reward_adaptive": RewardAdaptive(1, 2),
     "value_matching": ValueMatching(2, Glass(2), levels=2, jumps=1),

@@ -1,0 +1,89 @@
+"""Draws of the reference that are kept: made and scored once for each prompt, then taken by their weights.
+
+A step that weighs fresh draws by exp(r / T) pays for all of them and learns from those that count; one that takes kept
+draws with probability exp(r / T) over its sum pays for none and learns from every row. Both have the same mean, up to
+the inverse of the number of draws (sampling importance resampling: Rubin 1987, JASA 82, 543). What is kept follows from
+the seed and the reference, and is made again where a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from steerfm.distributed import effective_sample_size, names_everywhere
+from steerfm.finetuning.common import Batch
+from steerfm.reward import Scores
+from steerfm.sampling import few_jumps
+from steerfm.seeds import noise
+from steerfm.types import State, Values
+
+CHUNK = 64  # draws made at once, the same on every process
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Hold N draws of the reference for a prompt, on the CPU: clean states (N, *dim), rewards and their parts (N,)."""
+
+    x0: State
+    scores: Scores
+
+
+def taken(batch: Batch, size: int, jumps: int) -> tuple[State, Scores, Values]:
+    """Return a draw of p_ref(x0) exp(r / T) for each row, its rewards, and the share of its pool that counts; (B, ...).
+
+    size: draws kept for a prompt, made in `jumps` jumps where they are not yet. Every process makes those of all
+    prompts, and must call it.
+    """
+    pools = _pools(batch, size, jumps)
+    places, shares = torch.empty(len(batch.prompts), dtype=torch.long), torch.empty(len(batch.prompts))
+    numbers = batch.draws.uniform()
+    for prompt, rows in _rows(batch.prompts).items():
+        log_weights = pools[prompt].scores.total.double() / batch.temperature
+        edges = log_weights.softmax(0).cumsum(0)
+        below_one = (numbers[rows] * edges[-1]).clamp_max(float(edges[-1]) * (1 - 2**-53))
+        places[rows] = torch.searchsorted(edges, below_one, right=True)
+        shares[rows] = float(effective_sample_size(log_weights)) / size
+
+    def of_rows(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).to(batch.flow_map.device)
+
+    own = [(pools[prompt], int(place)) for prompt, place in zip(batch.prompts, places, strict=True)]
+    total = of_rows([pool.scores.total[place] for pool, place in own])
+    parts = {name: of_rows([pool.scores.parts[name][place] for pool, place in own]) for name in own[0][0].scores.parts}
+    x0 = of_rows([pool.x0[place] for pool, place in own]).to(batch.flow_map.dtype)
+    return x0, Scores(total, parts), shares.to(total)
+
+
+def _pools(batch: Batch, size: int, jumps: int) -> dict[str, Pool]:
+    """Return what is kept, by prompt, for the prompts of all processes; the batch's memory holds it."""
+    pools: dict[str, Pool] = batch.memory.setdefault("pools", {})
+    for prompt in names_everywhere(batch.prompts, batch.flow_map.device):
+        if prompt not in pools:
+            pools[prompt] = _drawn(batch, prompt, size, jumps)
+    return pools
+
+
+@torch.no_grad()
+def _drawn(batch: Batch, prompt: str, size: int, jumps: int) -> Pool:
+    reference, states, scored = batch.reference, [], []
+    for start in range(0, size, CHUNK):
+        streams = [batch.seed * size + place for place in range(start, min(start + CHUNK, size))]
+        prompts = [prompt] * len(streams)
+        x1 = noise(streams, reference.data_shape, stream="data", device=reference.device, dtype=reference.dtype)
+        x0 = few_jumps(reference, x1, jumps, reference.encode_prompts(prompts))
+        states.append(x0.cpu())
+        scored.append(replace(batch, prompts=prompts).scores(x0))
+    parts = {name: torch.cat([scores.parts[name] for scores in scored]).cpu() for name in scored[0].parts}
+    return Pool(torch.cat(states), Scores(torch.cat([scores.total for scores in scored]).cpu(), parts))
+
+
+def _rows(prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Return the numbers of the rows of each prompt."""
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        found.setdefault(prompt, []).append(row)
+    return found
