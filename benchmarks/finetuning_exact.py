@@ -154,6 +154,7 @@ SETTINGS: dict[str, Setting] = {
     "adjoint_matching": Setting("exact", lambda p, T, n: AdjointMatching(16)),
     "tilt_matching": Setting("exact", lambda p, T, n: TiltMatching(1)),
     "weighted_regression": Setting("exact", lambda p, T, n: WeightedRegression(1)),
+    "weighted_regression-pool": Setting("exact", lambda p, T, n: WeightedRegression(1, pool=200_000)),
     "value_matching": Setting("exact", lambda p, T, n: ValueMatching(32, jumps=1)),
     "policy_gradient": Setting("exact", lambda p, T, n: PolicyGradient(16)),
     "reward_adaptive": Setting("biased", lambda p, T, n: RewardAdaptive(1)),
@@ -167,7 +168,7 @@ SETTINGS: dict[str, Setting] = {
     "preferences": Setting("biased", lambda p, T, n: DirectPreference()),
 }
 FAST = ("adjoint_matching", "direct-path")
-HELD = ("direct-path", "adjoint_matching", "tilt_matching", "weighted_regression")
+HELD = ("direct-path", "adjoint_matching", "tilt_matching", "weighted_regression", "weighted_regression-pool")
 
 
 class Choices(StepDataModule):
