@@ -107,8 +107,7 @@ parity: $(STAMP)  ## ImageReward against the original package, which needs an en
 
 zoo: $(STAMP)  ## train, measure and replace the models that ship with the package (two hours)
 	$(BIN)/steerfm train recipe=shapes_clip name=zoo_clip
-	$(BIN)/steerfm train recipe=shapes name=zoo_base
-	$(BIN)/steerfm train recipe=shapes_dmd map=runs/zoo_base name=zoo_map
+	$(BIN)/steerfm train recipe=shapes name=zoo_map
 	$(BIN)/python benchmarks/shapes.py --map runs/zoo_map --clip runs/zoo_clip --ship
 
 constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
