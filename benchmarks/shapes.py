@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one, unseen": {"count": 1, "split": "unseen"},
 }
 # Between which values a figure of models made anew must lie: (low, high). The aims are 0.95 at 4 jumps, and one jump
-# within 0.10 of sixteen; docs/benchmarks.md says what holds the second up, how near DMD comes to it and what that costs.
+# within 0.10 of sixteen; docs/benchmarks.md says what holds the second up, how near DMD comes and what that costs.
 BOUNDS = {
     "one object, 4 jumps": (0.94, 1.0),
     "one object, 1 jump": (0.68, 1.0),

@@ -35,6 +35,7 @@ TINY = {
     "reference.n": ["reference.n=40"],
     "method.particles": ["method.particles=2"],
     "method.jumps": ["method.jumps=2"],
+    "method.pool": ["method.pool=8"],
     "method.steps": ["method.steps=2"],
     "method.sde_steps": ["method.sde_steps=2"],
     "method.count": ["method.count=2"],

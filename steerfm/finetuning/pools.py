@@ -8,6 +8,7 @@ the seed and the reference, and is made again where a run goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from steerfm.reward import Scores
 from steerfm.sampling import few_jumps
 from steerfm.seeds import noise
 from steerfm.types import State, Values
+
+log = logging.getLogger(__name__)
 
 CHUNK = 64  # draws made at once, the same on every process
 
@@ -61,9 +64,11 @@ def taken(batch: Batch, size: int, jumps: int) -> tuple[State, Scores, Values]:
 def _pools(batch: Batch, size: int, jumps: int) -> dict[str, Pool]:
     """Return what is kept, by prompt, for the prompts of all processes; the batch's memory holds it."""
     pools: dict[str, Pool] = batch.memory.setdefault("pools", {})
-    for prompt in names_everywhere(batch.prompts, batch.flow_map.device):
-        if prompt not in pools:
-            pools[prompt] = _drawn(batch, prompt, size, jumps)
+    new = [prompt for prompt in names_everywhere(batch.prompts, batch.flow_map.device) if prompt not in pools]
+    if new:
+        log.info("Making %d draws of the base for each of %d prompts, once: '%s' first.", size, len(new), new[0])
+    for prompt in new:
+        pools[prompt] = _drawn(batch, prompt, size, jumps)
     return pools
 
 

@@ -32,7 +32,7 @@ def test_each_draw_is_made_and_scored_once() -> None:
     for step in range(3):
         work = batch(flow_map, reward, prompts=names * 4, step=step, memory=memory)
         taken(work, N, 1)
-    assert scored == {name: N for name in names}
+    assert scored == dict.fromkeys(names, N)
 
 
 def test_draws_are_taken_by_their_weights_within_their_prompt() -> None:
@@ -64,7 +64,7 @@ def test_the_largest_number_takes_a_draw_that_counts() -> None:
     flow_map = gaussian_map([0.0], 1.0)
     work = batch(flow_map, lambda points: -1e4 * (points[:, 0] - 0.3).abs(), 64, temperature=1.0)
     work.draws.uniform = lambda count=1: torch.full((64,), 1 - 2**-53, dtype=torch.float64)  # type: ignore[method-assign]
-    x0, scores, _ = taken(work, 50, 1)
+    _, scores, _ = taken(work, 50, 1)
     best = work.memory["pools"][""].scores.total.max()
     assert torch.equal(scores.total, best.expand(64))
 
