@@ -53,7 +53,7 @@ def test_draws_are_taken_by_their_weights_within_their_prompt() -> None:
         common = expected > 5
         assert common.sum() > 10
         surprise = float(((observed - expected)[common] ** 2 / expected[common]).sum())
-        assert surprise < 60  # 19 degrees of freedom: exceeded once in 10^6
+        assert surprise < 60  # 19 degrees of freedom: exceeded four times in 10^6
         weights = expected / 20_000
         assert share[start] == pytest.approx(1 / float(weights.square().sum()) / 20, rel=1e-5)
     assert torch.equal(scores.total, x0[:, 0] * torch.tensor([1.0, -1.0]).repeat(20_000))
