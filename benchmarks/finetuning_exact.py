@@ -14,7 +14,7 @@ pairs of exact sets. Reward: mean in 64 jumps less the tilt's: above it is a fai
 of the weight of a mode. Spread: standard deviation along the reward's direction over the tilt's. Jumps: root mean
 square distance between 1 jump and 64 from the same noise, and between 4 and 64; Defect: of the semigroup, F(F(x, 1,
 1/2), 1/2, 0) against F(x, 1, 0), mean; the base's are 0.003 and less. KL: the divergence D from the base, beside the
-tilt's own. Seconds: of one core.
+tilt's own. Seconds: processor time, of one core.
 
 exact: ends at the tilt, but for its steps and samples; biased: does not, and by how much is what is printed. "Ran
 away": the loss, or where 1, 4 or 64 jumps end, is not finite.
@@ -215,9 +215,9 @@ def learn(problem: Problem, setting: Setting, temperature: float, steps: int) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.fit(module, Prompts([""], BATCH) if method.needs_reward else Choices(problem))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with averaged(module):
         return module.flow_map.frozen_copy(), seconds
 

@@ -157,17 +157,25 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(-torch.logsumexp(2 * log_weights.log_softmax(-1), -1))
 
 
+def drawn_by_weight(log_weights: Tensor, numbers: Tensor) -> Tensor:
+    """Return where numbers in [0, 1) lie among the cumulative weights; (..., P), (..., M) -> (..., M) long.
+
+    A uniform number draws each place by its weight, and one of no weight never. Computed in float64, so that every
+    process finds the same places.
+    """
+    edges = log_weights.double().softmax(-1).cumsum(-1)
+    edges = edges / edges[..., -1:]
+    below_one = numbers.to(edges).clamp_max(1 - 2**-53)  # 1 would fall to the last, whatever its weight
+    return torch.searchsorted(edges, below_one, right=True)
+
+
 def draw_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
     """Return the ancestor of each particle; (B, P), (B, 1) or (B, P) -> (B, P) long.
 
     One uniform number a population is systematic resampling, P of them are stratified; either way a particle of
-    weight w has P w descendants on average. Computed in float64, so that every process finds the same ancestors.
+    weight w has P w descendants on average.
     Reference: Douc, Cappe, Moulines 2005, arXiv cs/0507025, sections 2.3 and 2.4.
     """
-    weights = log_weights.double().softmax(-1)
-    count = weights.shape[-1]
-    places = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform.to(weights)) / count
-    edges = weights.cumsum(-1)
-    edges = edges / edges[:, -1:]
-    below_one = places.clamp_max(1 - 2**-53)  # rounded up to 1 it would fall to the last particle, whatever its weight
-    return torch.searchsorted(edges, below_one, right=True)
+    count = log_weights.shape[-1]
+    slots = torch.arange(count, dtype=torch.float64, device=log_weights.device)
+    return drawn_by_weight(log_weights, (slots + uniform.to(slots)) / count)

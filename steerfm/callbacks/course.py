@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerfm.metrics.paired import Change, paired_change, part_ways
+from steerfm.metrics.paired import Change, fallen, paired_change
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,21 @@ class Measurement:
 class Course:
     """Take measurements in turn, and know the best and whether reward and held-out rewards part ways.
 
-    start: the first measurement, of the base. peak: that of the highest held-out rewards. best: the same among those
-    whose divergence is at most `largest_divergence` (None: any). parted: at how many measurements in a row the
-    held-out rewards lay below the peak by more than `tolerance` standard errors, and the reward above the start; it
-    need not rise on, since many a reward has a ceiling. over: at `patience` of them; never for None.
+    They part where an earlier map, the `rival`, had less reward and held-out rewards higher by more than `tolerance`
+    standard errors: the reward won since then was paid for. The peak of the held-out rewards is no such measure. While
+    the learning rate is high a map gets worse and better again, its reward with it, and that is no hacking; and a
+    reward at its ceiling need not rise on. Without a reward (None) every earlier map counts as one of less.
+
+    parted: at how many measurements in a row they had parted. over: at `patience` of them; never for None. best: the
+    measurement of the highest held-out rewards whose divergence is at most `largest_divergence` (None: any). front: the
+    measurements to which no other with less reward comes up; the rivals are among them.
     """
 
     tolerance: float = 2.0
     patience: int | None = 2
     largest_divergence: float | None = None
-    start: Measurement | None = None
-    peak: Measurement | None = None
+    front: list[Measurement] = dataclasses.field(default_factory=list)
+    rival: Measurement | None = None
     best: Measurement | None = None
     parted: int = 0
 
@@ -46,13 +50,16 @@ class Course:
         """Take a measurement in, and say whether it is the best so far; without held-out rewards none is."""
         if len(now.held_out) == 0:
             return False
-        self.start, self.peak = self.start or now, self.peak or now
-        since_peak = held_out_change(self.peak, now)
-        self.parted = self.parted + 1 if part_ways(reward_change(self.start, now), since_peak, self.tolerance) else 0
-        if since_peak.mean > 0:
-            self.peak = now
+        self.rival = None
+        for each in self.front:
+            if _less_reward(each, now) and (self.rival is None or _higher(self.rival, each)):
+                self.rival = each
+        parts = self.rival is not None and fallen(held_out_change(self.rival, now), self.tolerance)
+        self.parted = self.parted + 1 if parts else 0
+        if self.rival is None or _higher(self.rival, now):
+            self.front = [each for each in self.front if _less_reward(each, now) or _higher(now, each)] + [now]
         bounded = self.largest_divergence is None or now.divergence <= self.largest_divergence
-        if bounded and (self.best is None or held_out_change(self.best, now).mean > 0):
+        if bounded and (self.best is None or _higher(self.best, now)):
             self.best = now
         return self.best is now
 
@@ -63,16 +70,14 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """Return what has to be remembered, as plain data and tensors."""
-        kept = {"start": self.start, "peak": self.peak, "best": self.best}
-        plain = {name: None if each is None else dataclasses.asdict(each) for name, each in kept.items()}
-        return {**plain, "parted": self.parted}
+        best = None if self.best is None else dataclasses.asdict(self.best)
+        return {"front": [dataclasses.asdict(each) for each in self.front], "best": best, "parted": self.parted}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.start, self.peak, self.best = (
-            None if state[name] is None else Measurement(**state[name]) for name in ("start", "peak", "best")
-        )
-        self.parted = state["parted"]
+        self.front = [Measurement(**each) for each in state["front"]]
+        self.best = None if state["best"] is None else Measurement(**state["best"])
+        self.rival, self.parted = None, state["parted"]
 
 
 def reward_change(then: Measurement, now: Measurement) -> Change | None:
@@ -83,3 +88,12 @@ def reward_change(then: Measurement, now: Measurement) -> Change | None:
 def held_out_change(then: Measurement, now: Measurement) -> Change:
     """Return how far the held-out rewards have moved between two measurements."""
     return paired_change(then.held_out, now.held_out)
+
+
+def _less_reward(then: Measurement, now: Measurement) -> bool:
+    change = reward_change(then, now)
+    return change is None or change.mean > 0
+
+
+def _higher(then: Measurement, now: Measurement) -> bool:
+    return held_out_change(then, now).mean > 0

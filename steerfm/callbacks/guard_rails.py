@@ -42,8 +42,9 @@ class GuardRails(Callback):
     prompts, samples: row i has prompt i, over again where there are fewer. data: real samples in model space (M, *dim),
     else the base's. features: of pictures, pixels by default. batch_size: samples at once.
 
-    Stop: where the reward stands above the base's, and the held-out rewards have fallen since their peak by more than
-    `tolerance` standard errors of the paired differences, at `patience` measurements in a row; None never stops. Best:
+    Stop: where an earlier map had less reward and held-out rewards higher by more than `tolerance` standard errors of
+    the paired differences, at `patience` measurements in a row; None never stops. A map that gets worse and better
+    again, its reward with it, as while the learning rate is high, goes on. Best:
     the highest held-out rewards where D is at most `largest_divergence` (None: anywhere), with EMA weights where the
     trainer averages; checkpoints hold them. keep: which weights the module ends with, the "last", and then the best are
     in map_best in default_root_dir, or the "best". Several held-out rewards are averaged in units of their standard
@@ -209,12 +210,12 @@ class GuardRails(Callback):
 
     def _why(self, now: Measurement) -> str:
         """Return why training stops, in words."""
-        start, peak = self.course.start, self.course.peak
-        assert start is not None and peak is not None
-        reward, held_out = reward_change(start, now), held_out_change(peak, now)
-        won = "" if reward is None else f"the reward stands {reward.mean:.3g} above the base's, and "
+        rival = self.course.rival
+        assert rival is not None
+        reward, held_out = reward_change(rival, now), held_out_change(rival, now)
+        won = "" if reward is None else f"the reward has risen by {reward.mean:.3g}, and "
         return (
-            f"Stopped at step {now.step}: {won}the held-out rewards have fallen since step {peak.step} by "
+            f"Stopped at step {now.step}: since step {rival.step} {won}the held-out rewards have fallen by "
             f"{-held_out.mean:.2g} ± {held_out.error:.1g} of their spread in the base. The reward is being hacked: "
             "look at pictures/guard_*.png, then ask for less (a higher temperature, a lower learning rate, fewer "
             "steps) or for another reward."

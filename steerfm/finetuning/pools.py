@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerfm.distributed import effective_sample_size, names_everywhere
+from steerfm.distributed import drawn_by_weight, effective_sample_size, names_everywhere
 from steerfm.finetuning.common import Batch
 from steerfm.reward import Scores
 from steerfm.sampling import few_jumps
@@ -46,9 +46,7 @@ def taken(batch: Batch, size: int, jumps: int) -> tuple[State, Scores, Values]:
     numbers = batch.draws.uniform()
     for prompt, rows in _rows(batch.prompts).items():
         log_weights = pools[prompt].scores.total.double() / batch.temperature
-        edges = log_weights.softmax(0).cumsum(0)
-        below_one = (numbers[rows] * edges[-1]).clamp_max(float(edges[-1]) * (1 - 2**-53))
-        places[rows] = torch.searchsorted(edges, below_one, right=True)
+        places[rows] = drawn_by_weight(log_weights, numbers[rows])
         shares[rows] = float(effective_sample_size(log_weights)) / size
 
     def of_rows(values: Sequence[Tensor]) -> Tensor:

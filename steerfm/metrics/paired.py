@@ -1,4 +1,4 @@
-"""Two measurements on the same prompts and seeds: how far the values moved, and whether two of them part ways.
+"""Two measurements on the same prompts and seeds: how far the values moved, and whether they fell.
 
 The same noise makes both measurements, so that the standard error is that of the differences: much smaller than that
 of either mean. It is over these samples: rows of one prompt are alike, and many prompts say more than many seeds.
@@ -35,12 +35,3 @@ def paired_change(before: Tensor, after: Tensor) -> Change:
 def fallen(change: Change, tolerance: float) -> bool:
     """Say whether the values fell by more than `tolerance` standard errors; never of fewer than two samples."""
     return change.mean < -tolerance * change.error
-
-
-def part_ways(reward: Change | None, held_out: Change, tolerance: float) -> bool:
-    """Say whether what is held out fell by more than `tolerance` standard errors, for a reward that was won.
-
-    reward: its change since the start: where it has fallen too, nothing is won and nothing hacked. None where there is
-    no reward: a loss on pairs falls on by its nature. held_out: the change since its peak.
-    """
-    return (reward is None or reward.mean > 0) and fallen(held_out, tolerance)

@@ -95,9 +95,9 @@ def test_stops_where_the_reward_and_the_held_out_reward_part_and_keeps_the_best(
         run.fit(module, Prompts([""], 8))
     assert run.global_step == parted[1]
     assert guard.course.best is not None and guard.course.best.step == peak
-    won = parted[1] * RATE * sum(a * a for a in A)
-    said = f"Stopped at step {parted[1]}: the reward stands {won:.3g} above the base's, and the held-out rewards have "
-    assert f"{said}fallen since step {peak} by " in caplog.text
+    won = (parted[1] - peak) * RATE * sum(a * a for a in A)
+    said = f"Stopped at step {parted[1]}: since step {peak} the reward has risen by {won:.3g}, and the held-out "
+    assert f"{said}rewards have fallen by " in caplog.text
     assert f"The map has its last weights, of step {parted[1]}. Held-out rewards were highest at step 6" in caplog.text
     for flow_map, steps in ((module.flow_map, parted[1]), (FlowMap.load(tmp_path / "map_best", network=bare()), 6)):
         reached = torch.tensor(MEAN) + steps * RATE * torch.tensor(A)
@@ -182,6 +182,8 @@ def same(a: Any, b: Any) -> bool:
         return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     if isinstance(a, dict):
         return set(a) == set(b) and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
@@ -223,16 +225,15 @@ def test_the_best_lies_within_the_largest_divergence(tmp_path: Path) -> None:
     bounded.course.largest_divergence = (found[2]["divergence"] + found[4]["divergence"]) / 2
     trainer(tmp_path, 8, bounded).fit(tuning(), Prompts([""], 8))
     assert bounded.course.best is not None and bounded.course.best.step == 2
-    assert bounded.course.peak is not None and bounded.course.peak.step == 6
+    assert free.course.best is not None and free.course.best.step == 6
 
 
 def test_held_out_rewards_weigh_alike_whatever_their_scale(tmp_path: Path) -> None:
     guard = rails(patience=None)
     aims = [QuadraticReward.distance(AIM, 2.0), QuadraticReward.distance(AIM, 200.0)]
     trainer(tmp_path, 1, guard).fit(tuning(aims), Prompts([""], 8))
-    assert guard.course.start is not None
     rows = torch.tensor(judged(0), dtype=torch.float64)
-    assert torch.allclose(guard.course.start.held_out, (rows / rows.std()).expand(2, SAMPLES), rtol=1e-9)
+    assert torch.allclose(guard.course.front[0].held_out, (rows / rows.std()).expand(2, SAMPLES), rtol=1e-9)
 
 
 # --- the course ---
@@ -256,23 +257,48 @@ def test_parting_has_to_last() -> None:
     assert not Course(patience=None, parted=9).over
 
 
-def test_a_fall_of_both_is_no_hacking_and_without_a_reward_a_fall_is_enough() -> None:
-    for reward, parted in ((1.0, 0), (3.0, 1)):  # below the start of 2, or above it though below the peak's 4
-        course = Course()
-        course.take(measured(0, 2.0, [1.0, 1.0]))
-        course.take(measured(1, 4.0, [1.0, 2.0]))
-        course.take(measured(2, reward, [0.0, 1.0]))
-        assert course.parted == parted
+def followed(*measurements: tuple[float | None, float]) -> list[tuple[int, int | None]]:
+    """Return how often a course had parted after each (reward, held-out reward), and since which step."""
+    course, found = Course(), []
+    for step, (reward, held_out) in enumerate(measurements):
+        course.take(measured(step, reward, [held_out, held_out + 1]))
+        found.append((course.parted, course.rival.step if course.rival else None))
+    return found
+
+
+def test_a_fall_of_both_is_no_hacking() -> None:
+    """As while the learning rate is high: a map gets worse and better again, its reward with it."""
+    assert followed((0, 0.0), (4, 0.8), (3, 0.7), (2, 0.6), (5, 0.9)) == [(0, None), (0, 0), (0, 0), (0, 0), (0, 1)]
+
+
+def test_held_out_rewards_that_were_higher_for_less_reward_are_hacking() -> None:
+    # at a ceiling of 4, 3.9 is less than the peak's, but an earlier map had 2 and was better
+    assert followed((0, 0.0), (2, 0.8), (4, 0.9), (3.9, 0.6), (3.9, 0.5))[3:] == [(1, 1), (2, 1)]
+    assert followed((0, 0.5), (1, 0.4), (2, 0.3)) == [(0, None), (1, 0), (2, 0)]  # from the base on
+    assert followed((0, 0.5), (-1, 0.4), (-2, 0.3))[1:] == [(0, None), (0, None)]  # nothing is won, and nothing hacked
+
+
+def test_without_a_reward_a_fall_is_enough() -> None:
+    assert followed((None, 0.0), (None, 1.0), (None, 0.5), (None, 0.8)) == [(0, None), (0, 0), (1, 1), (2, 1)]
+
+
+def test_a_course_keeps_what_a_later_map_may_have_to_answer_to() -> None:
     course = Course()
-    course.take(measured(0, None, [1.0, 2.0]))
-    course.take(measured(1, None, [0.0, 1.0]))
-    assert course.parted == 1
+    for step, (reward, held_out) in enumerate([(0, 0.0), (2, 0.8), (4, 0.9), (3, 0.85), (1, 0.9), (5, 0.7)]):
+        course.take(measured(step, float(reward), [held_out, held_out + 1]))
+    assert [each.step for each in course.front] == [0, 4]  # 4 has as much for less reward as 2, and more than 1 and 3
+    again = Course()
+    again.restore(course.state())
+    now = measured(6, 6.0, [0.5, 1.5])
+    assert not course.take(now) and not again.take(now)
+    assert course.parted == again.parted == 2
+    assert course.rival is not None and again.rival is not None and course.rival.step == again.rival.step == 4
 
 
 def test_without_held_out_rewards_nothing_is_best() -> None:
     course = Course()
     assert not course.take(Measurement(0, torch.ones(3), torch.empty(0, 3), 0.0))
-    assert course.best is None and course.peak is None and course.start is None and not course.over
+    assert course.best is None and course.front == [] and not course.over
 
 
 def test_abstentions_are_compared_on_what_both_saw() -> None:
