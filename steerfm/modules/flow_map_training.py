@@ -111,6 +111,11 @@ class FlowMapTraining(lightning.LightningModule):
         parts = parts_of({"objective": self.objective, "diagonal": diagonal})
         self._teachers = [Guest(teacher) for teacher in parts.teachers]
         self.companions = nn.ModuleDict(parts.companions)
+        if companion_rate != 1 and not any(p.requires_grad for p in self.companions.parameters()):
+            raise ConfigError(
+                f"companion_rate={companion_rate:g} is the rate of what learns beside the map, and with "
+                f"{type(self.objective).__name__} nothing does: leave it out."
+            )
         self.leaves_out = parts.leaves_out
         self._followers = Followers(self.modules(), self.flow_map)
         self.optimizer = optimizer or partial(AdamW, lr=3e-4)

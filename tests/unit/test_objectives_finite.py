@@ -524,6 +524,8 @@ def test_a_rate_that_a_schedule_would_level_is_refused():
     module.configure_optimizers()
     with pytest.raises(ConfigError, match="companion_rate is a positive multiple"):
         FlowMapTraining(point_map(), companion_rate=0.0)
+    with pytest.raises(ConfigError, match="companion_rate=2 is the rate of what learns beside the map, and with Lagr"):
+        FlowMapTraining(point_map(), companion_rate=2.0)
 
 
 def test_an_optimiser_may_make_groups_of_its_own():
