@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerfm.distributed import drawn_by_weight, effective_sample_size, names_everywhere
+from steerfm.distributed import drawn_by_weight, effective_sample_size, gather, names_everywhere, world
 from steerfm.finetuning.common import Batch
 from steerfm.reward import Scores
 from steerfm.sampling import few_jumps
@@ -38,8 +38,8 @@ class Pool:
 def taken(batch: Batch, size: int, jumps: int) -> tuple[State, Scores, Values]:
     """Return a draw of p_ref(x0) exp(r / T) for each row, its rewards, and the share of its pool that counts; (B, ...).
 
-    size: draws kept for a prompt, made in `jumps` jumps where they are not yet. Every process makes those of all
-    prompts, and must call it.
+    size: draws kept for a prompt, made in `jumps` jumps where they are not yet, each on one of the processes; all of
+    them must call it.
     """
     pools = _pools(batch, size, jumps)
     places, shares = torch.empty(len(batch.prompts), dtype=torch.long), torch.empty(len(batch.prompts))
@@ -72,16 +72,25 @@ def _pools(batch: Batch, size: int, jumps: int) -> dict[str, Pool]:
 
 @torch.no_grad()
 def _drawn(batch: Batch, prompt: str, size: int, jumps: int) -> Pool:
-    reference, states, scored = batch.reference, [], []
-    for start in range(0, size, CHUNK):
-        streams = [batch.seed * size + place for place in range(start, min(start + CHUNK, size))]
-        prompts = [prompt] * len(streams)
-        x1 = noise(streams, reference.data_shape, stream="data", device=reference.device, dtype=reference.dtype)
-        x0 = few_jumps(reference, x1, jumps, reference.encode_prompts(prompts))
-        states.append(x0.cpu())
-        scored.append(replace(batch, prompts=prompts).scores(x0))
-    parts = {name: torch.cat([scores.parts[name] for scores in scored]).cpu() for name in scored[0].parts}
-    return Pool(torch.cat(states), Scores(torch.cat([scores.total for scores in scored]).cpu(), parts))
+    """Return what is kept for a prompt: a chunk a round from each process, the last one again where none is left."""
+    rank, count = world()
+    found, names = list[list[Tensor]](), list[str]()
+    for first in range(0, size, count * CHUNK):
+        start = min(first + rank * CHUNK, (size - 1) // CHUNK * CHUNK)
+        x0, scores = _chunk(batch, prompt, range(start, min(start + CHUNK, size)), size, jumps)
+        found.append([gather(values).cpu() for values in (x0, scores.total, *scores.parts.values())])
+        names = list(scores.parts)
+    x0, total, *parts = (torch.cat(rounds)[:size] for rounds in zip(*found, strict=True))
+    return Pool(x0, Scores(total, dict(zip(names, parts, strict=True))))
+
+
+def _chunk(batch: Batch, prompt: str, places: range, size: int, jumps: int) -> tuple[State, Scores]:
+    """Return some of a prompt's draws, by their places among all, and their rewards."""
+    reference, prompts = batch.reference, [prompt] * len(places)
+    streams = [batch.seed * size + place for place in places]
+    x1 = noise(streams, reference.data_shape, stream="data", device=reference.device, dtype=reference.dtype)
+    x0 = few_jumps(reference, x1, jumps, reference.encode_prompts(prompts))
+    return x0, replace(batch, prompts=prompts).scores(x0)
 
 
 def _rows(prompts: Sequence[str]) -> dict[str, list[int]]:

@@ -51,6 +51,7 @@ from steerfm.finetuning import (
     ValueMatching,
     WeightedRegression,
 )
+from steerfm.finetuning.pools import CHUNK, taken
 from steerfm.flow_map import FlowMap
 from steerfm.networks import MLP, Critic, DiT, UNet
 from steerfm.networks.mlp import randomise
@@ -69,7 +70,7 @@ from steerfm.objectives import (
     Total,
 )
 from steerfm.objectives.teachers import parts_of
-from steerfm.reward import as_reward
+from steerfm.reward import Reward, as_reward
 from steerfm.sampling import Unsteered
 from steerfm.seeds import BatchGenerator, RowDraws
 from steerfm.steering import (
@@ -237,7 +238,7 @@ METHODS: dict[str, FineTuning] = {
     "leap_align": LeapAlign(4),
     "adjoint_matching": AdjointMatching(4, matched=2),
     "weighted_regression": WeightedRegression(1, 2),
-    "weighted_regression_pool": WeightedRegression(1, 2, pool=6),
+    "weighted_regression_pool": WeightedRegression(1, 2, pool=150),
     "tilt_matching": TiltMatching(1, 2),
     "reward_adaptive": RewardAdaptive(1, 2),
     "value_matching": ValueMatching(3, Glass(2), levels=3, jumps=1),
@@ -266,16 +267,17 @@ def tuning_step(name: str) -> Callable[[FlowMap], Tensor]:
     pictures = {f"image_{side}": own(normal(40 + i, ROWS, 1, 8, 8).sigmoid()) for i, side in enumerate("ab")}
     pictures["preferred"] = own(torch.arange(ROWS) % 2)
 
-    def step(network: FlowMap) -> Tensor:
-        rows = own(range(ROWS))
-        texts = [prompts()[row // 2] for row in rows]
-        work = Batch(
-            network, flow_map(seed=7).requires_grad_(False), reward, texts, network.encode_prompts(texts), 0.3,
-            RowDraws(0, 1, rows), BatchGenerator(0, 1, rows, ROWS), data=pictures,
-        )  # fmt: skip
-        return method(work).loss.mean()
+    return lambda network: method(replace(tuning_batch(network, reward), data=pictures)).loss.mean()
 
-    return step
+
+def tuning_batch(network: FlowMap, reward: Reward) -> Batch:
+    """Return this process's rows of a batch whose prompts repeat."""
+    rows = own(range(ROWS))
+    texts = [prompts()[row // 2] for row in rows]
+    return Batch(
+        network, flow_map(seed=7).requires_grad_(False), reward, texts, network.encode_prompts(texts), 0.3,
+        RowDraws(0, 1, rows), BatchGenerator(0, 1, rows, ROWS),
+    )  # fmt: skip
 
 
 def all_gradients() -> Iterator[tuple[str, Tensor]]:
@@ -321,6 +323,10 @@ def functions() -> Iterator[tuple[str, Tensor]]:
         groups = [str(row // size) for row in range(ROWS)][mine]
         for name, statistic in zip(("mean", "std", "size", "largest"), group_statistics(values, groups), strict=True):
             yield f"own/group_{name}/{size}", statistic
+    scored: list[int] = []
+    reward = as_reward(lambda images: scored.append(len(images)) or images.mean((1, 2, 3)))
+    taken(tuning_batch(flow_map(), reward), 4 * CHUNK, 1)
+    yield "pool/scored", gather(torch.tensor([float(sum(scored))])).sum()  # each draw on one process
     pairs = normal(32, 3, ROWS, 2)
     yield "gather/particles", gather_particles(pairs[:, mine])
 
