@@ -92,7 +92,7 @@ def held_out_change(then: Measurement, now: Measurement) -> Change:
 
 def _less_reward(then: Measurement, now: Measurement) -> bool:
     change = reward_change(then, now)
-    return change is None or change.mean > 0
+    return change is None or not change.mean <= 0  # NaN, no opinion, is no reward
 
 
 def _higher(then: Measurement, now: Measurement) -> bool:

@@ -44,11 +44,10 @@ class GuardRails(Callback):
 
     Stop: where an earlier map had less reward and held-out rewards higher by more than `tolerance` standard errors of
     the paired differences, at `patience` measurements in a row; None never stops. A map that gets worse and better
-    again, its reward with it, as while the learning rate is high, goes on. Best:
-    the highest held-out rewards where D is at most `largest_divergence` (None: anywhere), with EMA weights where the
-    trainer averages; checkpoints hold them. keep: which weights the module ends with, the "last", and then the best are
-    in map_best in default_root_dir, or the "best". Several held-out rewards are averaged in units of their standard
-    deviation among the base's samples.
+    again, its reward with it, as while the learning rate is high, goes on. Best: the highest held-out rewards where D
+    is at most `largest_divergence` (None: anywhere), with EMA weights where the trainer averages; checkpoints hold
+    them. keep: which weights the module ends with, the "last", and then the best are in map_best in default_root_dir,
+    or the "best". Several held-out rewards are averaged in units of their standard deviation among the base's samples.
 
     It belongs after EMA in the list of callbacks. The main process samples alone: figures do not depend on the number
     of processes.

@@ -278,8 +278,10 @@ def test_held_out_rewards_that_were_higher_for_less_reward_are_hacking() -> None
     assert followed((0, 0.5), (-1, 0.4), (-2, 0.3))[1:] == [(0, None), (0, None)]  # nothing is won, and nothing hacked
 
 
-def test_without_a_reward_a_fall_is_enough() -> None:
-    assert followed((None, 0.0), (None, 1.0), (None, 0.5), (None, 0.8)) == [(0, None), (0, 0), (1, 1), (2, 1)]
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_without_a_reward_a_fall_is_enough(nothing: float | None) -> None:
+    rows = followed((nothing, 0.0), (nothing, 1.0), (nothing, 0.5), (nothing, 0.8))
+    assert rows == [(0, None), (0, 0), (1, 1), (2, 1)]
 
 
 def test_a_course_keeps_what_a_later_map_may_have_to_answer_to() -> None:
