@@ -157,7 +157,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(-torch.logsumexp(2 * log_weights.log_softmax(-1), -1))
 
 
-def drawn_by_weight(log_weights: Tensor, numbers: Tensor) -> Tensor:
+def places_by_weight(log_weights: Tensor, numbers: Tensor) -> Tensor:
     """Return where numbers in [0, 1) lie among the cumulative weights; (..., P), (..., M) -> (..., M) long.
 
     A uniform number draws each place by its weight, and one of no weight never. Computed in float64, so that every
@@ -178,4 +178,4 @@ def draw_ancestors(log_weights: Tensor, uniform: Tensor) -> Tensor:
     """
     count = log_weights.shape[-1]
     slots = torch.arange(count, dtype=torch.float64, device=log_weights.device)
-    return drawn_by_weight(log_weights, (slots + uniform.to(slots)) / count)
+    return places_by_weight(log_weights, (slots + uniform.to(slots)) / count)

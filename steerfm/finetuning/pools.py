@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerfm.distributed import drawn_by_weight, effective_sample_size, gather, names_everywhere, world
+from steerfm.distributed import effective_sample_size, gather, names_everywhere, places_by_weight, world
 from steerfm.finetuning.common import Batch
 from steerfm.reward import Scores
 from steerfm.sampling import few_jumps
@@ -46,7 +46,7 @@ def taken(batch: Batch, size: int, jumps: int) -> tuple[State, Scores, Values]:
     numbers = batch.draws.uniform()
     for prompt, rows in _rows(batch.prompts).items():
         log_weights = pools[prompt].scores.total.double() / batch.temperature
-        places[rows] = drawn_by_weight(log_weights, numbers[rows])
+        places[rows] = places_by_weight(log_weights, numbers[rows])
         shares[rows] = float(effective_sample_size(log_weights)) / size
 
     def of_rows(values: Sequence[Tensor]) -> Tensor:

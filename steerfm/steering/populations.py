@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerfm import seeds as seeding
-from steerfm.distributed import draw_ancestors, drawn_by_weight, effective_sample_size, gather_particles, shard, world
+from steerfm.distributed import draw_ancestors, effective_sample_size, gather_particles, places_by_weight, shard, world
 from steerfm.errors import ConfigError
 from steerfm.steering.common import Outcome, Run, Steering, pick
 from steerfm.types import State, Values
@@ -139,7 +139,7 @@ class Population:
 
 def draw_by_weight(log_weights: Tensor, seeds: Sequence[int]) -> Tensor:
     """Return one particle a population, drawn by its weight with the seed's own number; (B, P) -> (B,) long."""
-    return drawn_by_weight(log_weights, seeding.uniform(seeds, stream="select")).squeeze(1)
+    return places_by_weight(log_weights, seeding.uniform(seeds, stream="select")).squeeze(1)
 
 
 def log_mean_exp(log_weights: Tensor) -> Values:

@@ -6,10 +6,10 @@ from trainers import digit_map
 
 from steerfm.distributed import (
     draw_ancestors,
-    drawn_by_weight,
     gather,
     group_statistics,
     mean_and_std,
+    places_by_weight,
     shard,
     world,
 )
@@ -62,9 +62,13 @@ def test_places_are_drawn_by_weight() -> None:
     log_weights = torch.tensor([-torch.inf, 1.0, 3.0, 2.0, -torch.inf])
     weights = log_weights.double().softmax(0)
     numbers = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    counts = drawn_by_weight(log_weights, numbers).bincount(minlength=5)
+    counts = places_by_weight(log_weights, numbers).bincount(minlength=5)
     assert torch.allclose(counts.double() / 100_000, weights, atol=1e-5)
-    assert drawn_by_weight(log_weights, torch.tensor([0.0, 1 - 2**-53, 1.0], dtype=torch.float64)).tolist() == [1, 3, 3]
+    assert places_by_weight(log_weights, torch.tensor([0.0, 1 - 2**-53, 1.0], dtype=torch.float64)).tolist() == [
+        1,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, LARGE // 6 + 1)], ids=["numbers", "rows", "large"])
