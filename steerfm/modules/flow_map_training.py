@@ -82,24 +82,8 @@ class FlowMapTraining(lightning.LightningModule):
             )
         if not 0 <= prompt_dropout <= 1:
             raise ConfigError(f"prompt_dropout is a share and must lie in [0, 1], got {prompt_dropout}.")
-        scales = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
-        told, guided = getattr(flow_map.network, "guidance_input", False), max(scales, default=1) > 1
-        free = prompt_dropout > 0 and flow_map.conditioner is not None
-        if len(scales) != 2 or not 1 <= scales[0] <= scales[1] or (guided and not free):
-            raise ConfigError(
-                "guidance is 1 or more, or (low, high) in that order, and above 1 it needs a conditioner and "
-                f"prompt_dropout above 0: got {guidance}."
-            )
-        if scales[0] < scales[1] and not told:
-            raise ConfigError(f"guidance={guidance} needs a network built with guidance_input=True: or give one scale.")
-        if diagonal is not None and guided and not told:
-            raise ConfigError("guidance is learnt by flow matching: with a diagonal of your own, guide its teacher.")
-        if guided and getattr(objective, "velocity", None) == "tangent":
-            raise ConfigError(
-                f"guidance={guidance} is learnt on the diagonal, and the tangent that {type(objective).__name__} takes "
-                "is not guided: use velocity='self', or another rule."
-            )
-        if sighted and guided:
+        scales = _guidance_range(guidance, flow_map, prompt_dropout, objective, diagonal)
+        if sighted and max(scales) > 1:
             raise ConfigError(
                 "A map that is told what to see learns no guidance with it: guidance=1, or sighted=False."
             )
@@ -230,3 +214,31 @@ class FlowMapTraining(lightning.LightningModule):
 
 def _rows(condition: Condition | None, rows: slice) -> Condition | None:
     return None if condition is None else condition.select(rows)
+
+
+def _guidance_range(
+    guidance: float | Sequence[float],
+    flow_map: FlowMap,
+    prompt_dropout: float,
+    objective: Objective | None,
+    diagonal: Objective | None,
+) -> tuple[float, float]:
+    """Return the least and greatest scale that is learnt. Raises ConfigError where these parts cannot learn it."""
+    scales = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
+    told, guided = getattr(flow_map.network, "guidance_input", False), max(scales, default=1) > 1
+    free = prompt_dropout > 0 and flow_map.conditioner is not None
+    if len(scales) != 2 or not 1 <= scales[0] <= scales[1] or (guided and not free):
+        raise ConfigError(
+            "guidance is 1 or more, or (low, high) in that order, and above 1 it needs a conditioner and "
+            f"prompt_dropout above 0: got {guidance}."
+        )
+    if scales[0] < scales[1] and not told:
+        raise ConfigError(f"guidance={guidance} needs a network built with guidance_input=True: or give one scale.")
+    if diagonal is not None and guided and not told:
+        raise ConfigError("guidance is learnt by flow matching: with a diagonal of your own, guide its teacher.")
+    if guided and getattr(objective, "velocity", None) == "tangent":
+        raise ConfigError(
+            f"guidance={guidance} is learnt on the diagonal, and the tangent that {type(objective).__name__} takes "
+            "is not guided: use velocity='self', or another rule."
+        )
+    return scales
