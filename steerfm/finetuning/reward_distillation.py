@@ -5,7 +5,9 @@ L = T * objective(x_s, s, t) + share * (-r(F(x_s, s, 0)))
 objective: any of steerfm.objectives, with a teacher or without, on clean data x0 of the batch (or the base's own
 samples, where it holds none). The reward is that of look-aheads from the same noisy states, so that a velocity teacher
 becomes a few-jump, reward-aware map at once. The objective anchors the map, and its scale is not that of a divergence:
-the temperature is nominal. Reference: Li et al. 2024, arXiv 2403.11027 (reward guided latent consistency distillation).
+the temperature is nominal. The reward pulls at jumps to t = 0 itself, which most laws of times never meet: half of the
+default's end there, so that the objective holds them.
+Reference: Li et al. 2024, arXiv 2403.11027 (reward guided latent consistency distillation).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned
 from steerfm.objectives import Compositional, FlowMatching
 from steerfm.sampling import few_jumps
 from steerfm.seeds import rows_between, shares
-from steerfm.times import TimeLaw, Triangle
+from steerfm.times import Anchored, TimeLaw, Triangle
 from steerfm.types import Condition, State, Values
 
 
@@ -38,7 +40,7 @@ class RewardDistillation(FineTuning):
 
     objective: Callable[..., Values] = field(default_factory=Compositional)
     diagonal: Callable[..., Values] | None = None
-    times: TimeLaw = field(default_factory=lambda: Triangle(0.5))
+    times: TimeLaw = field(default_factory=lambda: Anchored(Triangle(0.5), end=0.5))
     share: float = 1.0
     jumps: int = 4
 

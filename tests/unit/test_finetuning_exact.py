@@ -38,6 +38,7 @@ from steerfm.flow_map import FlowMap
 from steerfm.objectives import FlowMatching
 from steerfm.steering import Glass
 from steerfm.times import Triangle
+from steerfm.types import Condition
 
 STRENGTH = 3.0
 REWARD = QuadraticReward.distance([0.0], STRENGTH)
@@ -331,6 +332,25 @@ def test_distillation_learns_its_objective_and_the_reward_at_once() -> None:
     gap = squared_norm(flow_map.velocity(x_s, s) - teacher.velocity(x_s, s))
     loss = 0.5 * gap - 0.3 * REWARD(flow_map.look_ahead(x_s, s))
     assert_same(flow_map, tuned.loss.mean(), loss.mean())
+
+
+def test_distillation_holds_the_jumps_that_the_reward_pulls() -> None:
+    """Where long jumps to data are wrong and all others right, the objective sees it by default."""
+
+    class Displaced(GaussianNetwork):
+        def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+            return super().forward(x, s, t, condition) - ((t == 0) & (s > 0.5))[:, None].double()
+
+    flow_map = FlowMap(Displaced([0.0], 1.0))
+    x0 = torch.randn(256, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def objective(method: RewardDistillation) -> float:
+        tuned = method(batch(flow_map, REWARD, 256, data={"x0": x0}))
+        s, t = method.times(256, torch.Generator().manual_seed(0))
+        return float(tuned.figures["objective"][s > t].mean())
+
+    assert objective(RewardDistillation(times=Triangle(0.5))) < 1e-6
+    assert objective(RewardDistillation()) > 0.1
 
 
 def test_preferences_pull_toward_what_was_chosen() -> None:
