@@ -124,7 +124,7 @@ class Digits(Problem):
         "flow_grpo": setting("flow_grpo", 0.13),
         "refl": setting("refl", 0.005),
         "leap_align": setting("leap_align", 0.005),
-        "rg_lcm": setting("rg_lcm", 0.5),
+        "rg_lcm": setting("rg_lcm", 0.15),
     }
 
     def given(self, folder: Path) -> list[str]:
