@@ -229,7 +229,8 @@ def learn(problem: Problem, setting: Setting, temperature: float, steps: int) ->
         enable_model_summary=False,
     )
     start = time.process_time()
-    trainer.fit(module, Prompts([""], 1, setting.batch(problem, temperature)) if method.needs_reward else Choices(problem))
+    prompts = Prompts([""], 1, setting.batch(problem, temperature))
+    trainer.fit(module, prompts if method.needs_reward else Choices(problem))
     seconds = time.process_time() - start
     with averaged(module):
         return module.flow_map.frozen_copy(), seconds
