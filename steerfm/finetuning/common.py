@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from steerfm.distributed import effective_sample_size, gather, group_statistics
+from steerfm.distributed import GroupStatistics, effective_sample_size, gather, group_statistics
+from steerfm.errors import ConfigError
 from steerfm.flow_map import FlowMap
 from steerfm.memory import in_micro_batches
 from steerfm.reward import Reward, Scores
@@ -164,10 +165,24 @@ def by_row(losses: Values, repeats: int) -> Values:
     return losses.reshape(-1, repeats).mean(1)
 
 
+def compared(values: Values, prompts: Sequence[str]) -> GroupStatistics:
+    """Return what is known of each row's prompt, over all processes. Raises ConfigError where a row is alone."""
+    group = group_statistics(values, prompts)
+    if float(group.size.min()) < 2:
+        raise ConfigError(
+            "A prompt with one sample has no other to be compared with, and learns nothing: raise "
+            "data.samples_per_prompt to 2 or more, 8 or so."
+        )
+    return group
+
+
 def exponential_weights(rewards: Values, temperature: float, prompts: Sequence[str]) -> Values:
-    """Return exp(r / temperature) over its mean among all rows of the same prompt, on all processes; (B,)."""
+    """Return exp(r / temperature) over its mean among all rows of the same prompt, on all processes; (B,).
+
+    Raises ConfigError for a prompt with one sample, whose weight would be 1 whatever its reward.
+    """
     scaled = rewards.detach().double() / temperature
-    weights = (scaled - group_statistics(scaled, prompts).largest).exp()
+    weights = (scaled - compared(scaled, prompts).largest).exp()
     return (weights / group_statistics(weights, prompts).mean).to(rewards)
 
 

@@ -21,9 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steerfm.distributed import group_statistics
 from steerfm.errors import ConfigError
-from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned, kept
+from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned, compared, kept
 from steerfm.flow_map import FlowMap, as_times
 from steerfm.objectives.teachers import Rounds
 from steerfm.sampling import gaussian_log_prob, reverse_drift
@@ -129,12 +128,7 @@ class PolicyGradient(FineTuning):
 
     def _advantage(self, values: Values, prompts: Sequence[str]) -> Values:
         """Return values less the mean of the others of the same prompt, (B,)."""
-        group = group_statistics(values, prompts)
-        if float(group.size.min()) < 2:
-            raise ConfigError(
-                "A prompt with one sample has no other to be compared with, and learns nothing: raise "
-                "data.samples_per_prompt to 2 or more, 8 or so."
-            )
+        group = compared(values, prompts)
         advantage = (values - group.mean) * group.size / (group.size - 1)
         return advantage / group.std.clamp_min(1e-6) if self.by_std else advantage
 

@@ -68,7 +68,7 @@ def pairs_of(batch: Batch) -> tuple[State, State, Tensor]:
     if missing:
         raise ConfigError(
             f"Preferences are learnt from pairs, and the batch has no {', '.join(sorted(missing))}: set data to "
-            "preference_pairs."
+            "steerfm.data.PreferencePairs (recipe=shapes_dpo shows how) in place of prompts."
         )
     encode = batch.flow_map.encode
     with torch.no_grad():

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steerfm.distributed import group_statistics
-from steerfm.finetuning.common import Batch, FineTuning, Tuned, by_row, draws_of, renoised
+from steerfm.finetuning.common import Batch, FineTuning, Tuned, by_row, compared, draws_of, renoised
 from steerfm.objectives.weights import mean_square
 from steerfm.steering.common import check_counts
 from steerfm.types import unsqueeze_like
@@ -32,7 +31,7 @@ class RewardAdaptive(FineTuning):
 
     def __call__(self, batch: Batch) -> Tuned:
         x0, scores = draws_of(batch.flow_map, batch, self.jumps)
-        centred = (scores.total - group_statistics(scores.total, batch.prompts).mean) / batch.temperature
+        centred = (scores.total - compared(scores.total, batch.prompts).mean) / batch.temperature
         x_t, t, w = renoised(batch, x0, self.repeats)
         condition, pull = batch.times(self.repeats), centred.repeat_interleave(self.repeats)
         v = batch.flow_map.velocity(x_t, t, condition)

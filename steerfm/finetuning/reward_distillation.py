@@ -20,6 +20,7 @@ import torch
 
 from steerfm.errors import ConfigError
 from steerfm.finetuning.common import Batch, FineTuning, Moves, Tuned
+from steerfm.flow_map import declared
 from steerfm.objectives import Compositional, FlowMatching
 from steerfm.sampling import few_jumps
 from steerfm.seeds import rows_between, shares
@@ -54,6 +55,11 @@ class RewardDistillation(FineTuning):
 
     def __call__(self, batch: Batch) -> Tuned:
         flow_map, condition, generator = batch.flow_map, batch.condition, batch.generator
+        if declared(flow_map.network, "velocity_only", False):
+            raise ConfigError(
+                "RewardDistillation teaches jumps, and a network of one time alone cannot learn them: begin with "
+                "steerfm.backbones.two_times(flow_map)."
+            )
         x0, x1 = self._clean(batch), batch.normal()
         shared = shares(len(x0), generator)
         s, t = (each[shared.rows].to(x0) for each in self.times(shared.total, shared.generator, batch.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from steerfm.saving import describe_flow_map
 from steerfm.seeds import RowDraws, shares
 from steerfm.times import Anchored, TimeLaw, Triangle
 from steerfm.types import State, Values
+
+log = logging.getLogger(__name__)
 
 
 class RewardFineTuning(lightning.LightningModule):
@@ -220,6 +223,15 @@ class RewardFineTuning(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._stop_in_time()  # a run that was killed after its last step makes no more of them
+        needed, planned = self.method.steps, self.trainer.max_steps
+        if needed is not None and 0 <= planned < needed:
+            log.warning(
+                "%s reaches its temperature after %d steps, and this run ends after %d: raise trainer.max_steps, or "
+                "let the method take fewer.",
+                type(self.method).__name__,
+                needed,
+                planned,
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

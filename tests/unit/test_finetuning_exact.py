@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import GaussianNetwork, gaussian_map
-from torch import Tensor
+from torch import Tensor, nn
 from tuning import batch, draws, normal
 
 from steerfm import (
@@ -35,6 +35,7 @@ from steerfm.finetuning import FineTuning
 from steerfm.finetuning.common import exponential_weights
 from steerfm.finetuning.policy_gradient import Taken, clipped
 from steerfm.flow_map import FlowMap
+from steerfm.networks import VelocityNetwork
 from steerfm.objectives import FlowMatching
 from steerfm.steering import Glass
 from steerfm.times import Triangle
@@ -171,21 +172,25 @@ def test_tilt_matching_has_less_variance_than_weighted_regression() -> None:
 
 
 def test_weights_are_normalised_by_prompt() -> None:
-    rewards = torch.tensor([1.0, 1000.0, 2.0, 1001.0, -5000.0], dtype=torch.float64)
-    weights = exponential_weights(rewards, 0.5, ["a", "b", "a", "b", "c"])
+    rewards = torch.tensor([1.0, 1000.0, 2.0, 1001.0, -5000.0, -5000.0], dtype=torch.float64)
+    weights = exponential_weights(rewards, 0.5, ["a", "b", "a", "b", "c", "c"])
     e = torch.tensor([-2.0, 0.0], dtype=torch.float64).exp()
     two = e / e.mean()
-    assert torch.allclose(weights, torch.tensor([two[0], two[0], two[1], two[1], 1.0], dtype=torch.float64))
+    assert torch.allclose(weights, torch.tensor([two[0], two[0], two[1], two[1], 1.0, 1.0], dtype=torch.float64))
 
 
 # --- policy gradients ---
 
 
-def test_group_of_one_is_refused() -> None:
-    flow_map = gaussian_map([0.0], 1.0)
-    work = batch(flow_map, REWARD, prompts=["a", "a", "b"])
+@pytest.mark.parametrize(
+    "method",
+    [PolicyGradient(2), WeightedRegression(1), TiltMatching(1), RewardAdaptive(1)],
+    ids=lambda m: type(m).__name__,
+)
+def test_group_of_one_is_refused(method: FineTuning) -> None:
+    work = batch(gaussian_map([0.0], 1.0), REWARD, prompts=["a", "a", "b"])
     with pytest.raises(ConfigError, match=r"A prompt with one sample has no other to be compared with.*samples_per"):
-        PolicyGradient(2)(work)
+        method(work)
 
 
 @pytest.mark.parametrize("noise", ["memoryless", "flow", "jumps"])
@@ -353,6 +358,12 @@ def test_distillation_holds_the_jumps_that_the_reward_pulls() -> None:
     assert objective(RewardDistillation()) > 0.1
 
 
+def test_distillation_refuses_a_network_that_cannot_jump() -> None:
+    flow_map = FlowMap(VelocityNetwork(nn.Identity(), (1,)))
+    with pytest.raises(ConfigError, match=r"cannot learn them: begin with steerfm.backbones.two_times"):
+        RewardDistillation()(batch(flow_map, REWARD, 4))
+
+
 def test_preferences_pull_toward_what_was_chosen() -> None:
     """Choices for the greater of two points move the mean up, against them down; ties leave an unmoved map alone."""
     a, b = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -385,7 +396,7 @@ def test_preferences_margin_estimates_the_log_ratio() -> None:
 
 
 def test_batches_without_pairs_are_refused() -> None:
-    with pytest.raises(ConfigError, match="the batch has no image_a, image_b, preferred: set data to preference_pairs"):
+    with pytest.raises(ConfigError, match="the batch has no image_a, image_b, preferred: set data to"):
         DirectPreference()(batch(gaussian_map([0.0], 1.0), None, 2))
 
 

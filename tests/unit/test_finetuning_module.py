@@ -136,11 +136,14 @@ def test_methods_that_move_the_velocity_bring_the_jumps_after(tmp_path: Path) ->
         module("tilt_matching", times=Triangle(0.5))
 
 
-def test_a_run_of_rounds_ends_after_the_last(tmp_path: Path) -> None:
+def test_a_run_of_rounds_ends_after_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = RewardFineTuning(digit_map(), contrast, NegativeAware(0.3, 2.0, rounds=2, every=2, jumps=1), jumps=1)
     run = trainer(tmp_path, 50)
     run.fit(made, data("negative_aware"))
     assert run.global_step == 4
+    assert "reaches its temperature" not in caplog.text
+    trainer(tmp_path, 3).fit(made, data("negative_aware"))
+    assert "NegativeAware reaches its temperature after 4 steps, and this run ends after 3" in caplog.text
 
 
 def test_steering_and_tuning_are_not_taken_for_each_other() -> None:
