@@ -366,14 +366,11 @@ def cell(found: dict[str, Any] | None, floor: float) -> str:
     return f"{' / '.join(f'{each:.1f}' if each < 10 else f'{each:,.0f}' for each in w2)}, {found['reward']:+,.2f}"
 
 
-def overviews(columns: dict[str, dict[float, tuple[float, dict[str, Any]]]], names: list[str]) -> list[str]:
-    """Return, for each problem, a table of all methods at all its temperatures, in Markdown."""
-    pages = []
-    for problem, at in columns.items():
-        rows = [[name, SETTINGS[name].kind, *(cell(t.get(name), floor) for floor, t in at.values())] for name in names]
-        headings = ["method", "kind", *(f"T = {temperature:g}" for temperature in at)]
-        pages.append(markdown(f"{problem}: W2 in 1 / 64 jumps over the floor, reward", headings, rows))
-    return pages
+def overview(problem: str, at: dict[float, tuple[float, dict[str, Any]]], names: list[str]) -> str:
+    """Return a heading and a table of all methods at all temperatures of a problem, in Markdown."""
+    rows = [[name, SETTINGS[name].kind, *(cell(t.get(name), floor) for floor, t in at.values())] for name in names]
+    headings = ["method", "kind", *(f"T = {temperature:g}" for temperature in at)]
+    return f"## {problem}\n\n" + markdown("W2 in 1 / 64 jumps over the floor, reward", headings, rows)
 
 
 PAGE = """# Fine-tuning where the answer is known, all figures
@@ -410,9 +407,9 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    lines, pages, columns = [], [], {}
+    lines, pages = [], [PAGE.format(held=", ".join(HELD))]
     for name in chosen:
-        problem = PROBLEMS[name]
+        problem, tables, at = PROBLEMS[name], [], {}
         steps = arguments.steps or (FAST_STEPS if arguments.fast else problem.steps)
         for temperature in problem.temperatures[1:2] if arguments.fast else problem.temperatures:
             floor, share = floor_of(problem, temperature), effective_share(problem, temperature)
@@ -420,7 +417,7 @@ def main() -> None:
                 each: known(arguments.folder, name, each, temperature, steps, not arguments.known) for each in names
             }
             table = {each: figures for each, figures in found.items() if figures is not None}
-            columns.setdefault(name, {})[temperature] = floor, table
+            at[temperature] = floor, table
             base = measure(problem, problem.base(), temperature)
             rows = [row("base", base, floor), *(row(each, found, floor) for each, found in table.items())]
             caption = (
@@ -431,11 +428,11 @@ def main() -> None:
             for cells in rows:
                 shown.add_row(*cells)
             console.print(shown)
-            pages.append(markdown(caption, HEADINGS, rows))
+            tables.append(markdown(caption, HEADINGS, rows))
             lines += judge(f"{name}, T = {temperature}", table, floor, share >= SOUND)
+        pages += [overview(name, at, names), *tables]
     if arguments.write:
-        held = ", ".join(HELD)
-        write_atomic(arguments.write, "\n".join([PAGE.format(held=held), *overviews(columns, names), *pages]).encode())
+        write_atomic(arguments.write, "\n".join(pages).encode())
     console.print("\n".join(lines), markup=False)
     raise SystemExit(any(not line.startswith("holds") for line in lines))
 

@@ -96,6 +96,7 @@ Comparing runs <docs/comparing>
 Reliability <docs/reliability>
 Trust <docs/trust>
 Benchmarks <docs/benchmarks>
+Fine-tuning, all figures <docs/finetuning_exact>
 ```
 
 ```{toctree}
