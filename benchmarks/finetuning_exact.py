@@ -424,6 +424,8 @@ def main() -> None:
                 f"{name}, T = {temperature}: floor {floor:.3f}, {100 * share:.0f}% of the base's draws count, "
                 f"KL of the tilt {base['exact_kl']:.2f}; {steps} steps of {BATCH}"
             )
+            batches = {each: SETTINGS[each].batch(problem, temperature) for each in table}
+            caption += "".join(f", {each}: {batch}" for each, batch in batches.items() if batch != BATCH)
             shown = Table(*HEADINGS, title=caption)
             for cells in rows:
                 shown.add_row(*cells)

@@ -363,6 +363,13 @@ def test_resuming_equals_never_having_stopped(adapter: Any, tmp_path: Path) -> N
     assert not torch.equal(output(saved), output(raw))
 
 
+@pytest.mark.parametrize("network", [MLP((2,)), UNet((1, 8, 8)), DiT((1, 8, 8))], ids=["MLP", "UNet", "DiT"])
+def test_the_recipe_of_chosen_layers_fits_our_networks(network: nn.Module) -> None:
+    composed = config.compose("finetune", ["recipe=shapes_finetune", "+adapter=chosen"])
+    flow_map = config.instantiate(composed.values["module"]["adapter"])(FlowMap(network))
+    assert 0.2 < len(trainable(flow_map)) / len(list(flow_map.parameters())) < 1
+
+
 def test_chosen_layers_train_and_the_rest_is_held_once(tmp_path: Path) -> None:
     flow_map = digit_map()
     start = copied(flow_map.state_dict())

@@ -193,9 +193,10 @@ def test_calibration_prints_the_line_that_normalises(prompts, capsys):
     assert "'brightness' on 6 samples: mean " in printed
     recipe = compose("sample", ["recipe=shapes_sample", prompts, "seeds=3"])
     (values,) = totals(load_reward("steerfm.rewards.simple.Brightness"), recipe).values()
-    mean, std = f"{float(values.mean()):.4g}", f"{float(values.std()):.4g}"
+    mean, std = f"{float(values.mean()):.4g}", f"{float(values.double().std()):.4g}"
     assert f"Python: brightness.normalised({mean}, {std})" in printed
     assert f"mean: {mean}, std: {std}, reward: ..." in printed
+    assert f"method=nft: method.center={mean} method.divisor={6 * float(values.double().std()):.4g}" in printed
 
 
 def test_what_does_not_vary_cannot_be_calibrated(workplace: Path, prompts, capsys):
