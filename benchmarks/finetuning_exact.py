@@ -376,7 +376,7 @@ def overview(problem: str, at: dict[float, tuple[float, dict[str, Any]]], names:
 PAGE = """# Fine-tuning where the answer is known, all figures
 
 `python benchmarks/finetuning_exact.py` tunes an exact flow map by every method toward a known tilt, and wrote
-this page. The script's head says what the problems are; what we read from them is in [benchmarks](benchmarks.md).
+this page. The script's head says what the problems are; what the figures say is in [benchmarks](benchmarks.md).
 
 W2: sliced, to the exact tilt, in 1, 4 or 64 jumps, over the floor between two exact sets. Reward: less the tilt's own
 mean; above it is a failure. Modes: the largest error of the weight of a mode. Spread: standard deviation along the
