@@ -358,19 +358,10 @@ def judge(where: str, table: dict[str, dict[str, Any]], floor: float, sound: boo
     return lines
 
 
-def cell(found: dict[str, Any] | None, floor: float) -> str:
-    """Return what the overview says of a method at one temperature: W2 in 1 and 64 jumps over the floor, and reward."""
-    if not found:
-        return "" if found is None else "ran away"
-    w2 = [found["w2"][jumps] / floor for jumps in ("1", "64")]
-    return f"{' / '.join(f'{each:.1f}' if each < 10 else f'{each:,.0f}' for each in w2)}, {found['reward']:+,.2f}"
-
-
-def overview(problem: str, at: dict[float, tuple[float, dict[str, Any]]], names: list[str]) -> str:
-    """Return a heading and a table of all methods at all temperatures of a problem, in Markdown."""
-    rows = [[name, SETTINGS[name].kind, *(cell(t.get(name), floor) for floor, t in at.values())] for name in names]
-    headings = ["method", "kind", *(f"T = {temperature:g}" for temperature in at)]
-    return f"## {problem}\n\n" + markdown("W2 in 1 / 64 jumps over the floor, reward", headings, rows)
+def overview(names: list[str], columns: dict[str, dict[str, str]]) -> str:
+    """Return a table of what columns, a tilt each, say of the methods: W2 in 64 jumps, in Markdown."""
+    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in ["base", *names]]
+    return markdown("W2 in 64 jumps over the floor, by problem and temperature", ["method", *columns], rows)
 
 
 PAGE = """# Fine-tuning where the answer is known, all figures
@@ -407,9 +398,9 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    lines, pages = [], [PAGE.format(held=", ".join(HELD))]
+    lines, pages, columns = [], [], {}
     for name in chosen:
-        problem, tables, at = PROBLEMS[name], [], {}
+        problem = PROBLEMS[name]
         steps = arguments.steps or (FAST_STEPS if arguments.fast else problem.steps)
         for temperature in problem.temperatures[1:2] if arguments.fast else problem.temperatures:
             floor, share = floor_of(problem, temperature), effective_share(problem, temperature)
@@ -417,7 +408,6 @@ def main() -> None:
                 each: known(arguments.folder, name, each, temperature, steps, not arguments.known) for each in names
             }
             table = {each: figures for each, figures in found.items() if figures is not None}
-            at[temperature] = floor, table
             base = measure(problem, problem.base(), temperature)
             rows = [row("base", base, floor), *(row(each, found, floor) for each, found in table.items())]
             caption = (
@@ -430,11 +420,12 @@ def main() -> None:
             for cells in rows:
                 shown.add_row(*cells)
             console.print(shown)
-            tables.append(markdown(caption, HEADINGS, rows))
+            pages.append(markdown(caption, HEADINGS, rows))
+            columns[f"{name} {temperature:g}"] = {cells[0]: cells[4] or cells[2] for cells in rows}
             lines += judge(f"{name}, T = {temperature}", table, floor, share >= SOUND)
-        pages += [overview(name, at, names), *tables]
     if arguments.write:
-        write_atomic(arguments.write, "\n".join(pages).encode())
+        page = [PAGE.format(held=", ".join(HELD)), overview(names, columns), *pages]
+        write_atomic(arguments.write, "\n".join(page).encode())
     console.print("\n".join(lines), markup=False)
     raise SystemExit(any(not line.startswith("holds") for line in lines))
 

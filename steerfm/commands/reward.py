@@ -168,8 +168,8 @@ def _memory(size: int) -> str:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     """Print mean and spread of each part on a map's own samples, and the line that normalises it; of one, nft's too."""
-    parts = totals(_named(arguments), _composed(arguments))
-    for name, values in parts.items():
+    reward = _named(arguments)
+    for name, values in totals(reward, _composed(arguments)).items():
         heard = values[~values.isnan()].double()
         if len(heard) < 2 or not heard.std() > 0:
             raise ConfigError(
@@ -185,7 +185,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         target = "_target_: steerfm.reward_algebra.Normalised"
         line = f"  recipe: {{{target}, mean: {mean:.4g}, std: {std:.4g}, reward: ...}}"
         console.print(line, markup=False, soft_wrap=True)
-        if len(parts) == 1:  # negative-aware tuning wants those of the whole reward
+        if parts_of(reward) == [reward]:  # negative-aware tuning wants those of the whole reward
             line = f"  method=nft: method.center={mean:.4g} method.divisor={6 * std:.4g}"
             console.print(line, markup=False, soft_wrap=True)
     return 0

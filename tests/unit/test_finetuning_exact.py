@@ -396,7 +396,7 @@ def test_preferences_margin_estimates_the_log_ratio() -> None:
 
 
 def test_batches_without_pairs_are_refused() -> None:
-    with pytest.raises(ConfigError, match="the batch has no image_a, image_b, preferred: set data to"):
+    with pytest.raises(ConfigError, match=r"has no image_a, image_b, preferred: set data to steerfm\.data\.Pref"):
         DirectPreference()(batch(gaussian_map([0.0], 1.0), None, 2))
 
 
